@@ -1,0 +1,81 @@
+# One command a job; each sets itself up on a fresh machine and reinstalls nothing the second time.
+#   make train APP=text_to_sql [CONFIG=gpu DATA=<folder> MODEL=<folder or hub id> TASK= SEED= RUN= FRESH=1 GPUS=n SET="key=value ..."]
+
+SHELL := /bin/bash
+PYTHON ?= python3
+PIP_ARGS ?=
+APP ?= text_to_sql
+BIN := .venv/bin
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+# Offline unless a real model is asked for by hub id.
+export HF_HUB_OFFLINE := $(if $(filter-out tiny,$(CONFIG)),$(if $(OFFLINE),1,0),1)
+export OMP_NUM_THREADS ?= 1
+
+EXTRAS = $(shell sed -n 's/^ *extras=(\(.*\)),$$/\1/p' apps/$(APP)/app.py | tr -d '" ' | sed 's/,$$//')
+OPTIONS = --app $(APP) $(if $(CONFIG),--config $(CONFIG)) $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
+          $(if $(TASK),--task $(TASK)) $(if $(SEED),--seed $(SEED)) $(if $(RUN),--run "$(RUN)") $(if $(SET),--set '$(SET)')
+LAUNCH = $(if $(filter-out 0 1,$(GPUS)),$(BIN)/torchrun --standalone --nproc_per_node $(GPUS) -m core.main,$(BIN)/python -P -m core.main)
+
+.PHONY: help setup train eval predict report check apps recipes new test test-slow lint results bench clean
+help:  ## print these lines
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: .venv/.app-$(APP)  ## create .venv and install what APP needs
+
+train: .venv/.app-$(APP)  ## train APP, or go on with the run; prints a before/after table and writes a report
+	$(LAUNCH) train $(OPTIONS) $(if $(FRESH),--fresh)
+
+eval: .venv/.app-$(APP)  ## score a run's model (RUN=) or any MODEL on held-out rows (SPLIT=), without training
+	$(BIN)/python -P -m core.main eval $(OPTIONS) $(if $(SPLIT),--split $(SPLIT))
+
+predict: .venv/.app-$(APP)  ## answer the JSON lines of INPUT= with a run's model, into OUTPUT=
+	$(BIN)/python -P -m core.main predict $(OPTIONS) --input "$(INPUT)" --output "$(OUTPUT)"
+
+report: .venv/.app-$(APP)  ## write a finished run's report.html again
+	$(BIN)/python -P -m core.main report $(OPTIONS)
+
+check: .venv/.app-$(APP)  ## score APP's gold answers and the attacks on its rewards; loads no model
+	$(BIN)/python -P -m core.main check $(OPTIONS)
+
+apps: .venv/.app-$(APP)  ## list the apps
+	@$(BIN)/python -P -m core.main apps
+
+recipes: .venv/.app-$(APP)  ## list the recipes: what each changes, its source and grade
+	@$(BIN)/python -P -m core.main recipes
+
+new: .venv/.app-$(APP)  ## write the two files of a new app, APP=its name
+	$(BIN)/python -P -m core.main new --app $(APP)
+
+test: .venv/.dev  ## the default tests: no network, no GPU, under ten minutes on two cores
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+test-slow: .venv/.dev  ## the longer tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow
+
+lint: .venv/.dev  ## ruff: rules and format
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+results: .venv/.app-$(APP)  ## rerun every number in APP's README into results/APP.json (about an hour)
+	$(BIN)/python -P -m benchmarks.$(APP)
+
+bench: .venv/.dev  ## the measured claims of benchmarks/
+	@for script in benchmarks/bench_*.py; do [ -e "$$script" ] || continue; $(BIN)/python -P "$$script" || exit 1; done
+
+clean:  ## remove .venv and caches; runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache *.egg-info
+
+.venv/.created:
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "Python 3.11-3.13 is needed; name one with PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.app-$(APP): .venv/.created pyproject.toml requirements.lock
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c requirements.lock -e ".[train$(if $(EXTRAS),$(comma)$(EXTRAS))]"
+	@touch $@
+
+.venv/.dev: .venv/.created pyproject.toml requirements.lock
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c requirements.lock -e ".[train,sql,dev]"
+	@touch $@
+
+comma := ,

@@ -1,0 +1,1 @@
+"""The nine applications of the core; each folder is one app, found by its name."""

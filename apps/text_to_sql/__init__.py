@@ -1,0 +1,1 @@
+"""Text-to-SQL with execution rewards: see README.md in this folder."""

@@ -1,0 +1,202 @@
+"""What an app is, how one is found, and the self-check that every app must pass before it trains.
+
+An app is one object, `APP`, in `apps/<name>/app.py`; the folder's name is the app's name and there is no registry to edit.
+The core calls what the object holds and knows nothing else about the domain. Rows are dicts; before anything sees them,
+`prepare` adds the options of the config's `task:` section as columns and the rendered `prompt`, so prompts, rewards and
+metrics all read the same row.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+Rows = Sequence[Row]
+
+
+class AppError(ValueError):
+    """An app, or a row of its data, is not what the core can work with; the message says what and how to mend it."""
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The `task:` section of an app that has no options."""
+
+
+@dataclass(frozen=True)
+class Language:
+    """The policy is a language model: one decision is one token.
+
+    prompt(row) -> str, or a list of chat messages ({"role", "content"}); the row holds the task options as columns.
+    tiny_prompt: True if the prompt of the default options is plain text that a from-scratch model can start from.
+    """
+
+    prompt: Callable[[Row], str | list[dict[str, str]]]
+
+
+@dataclass(frozen=True)
+class App:
+    """One application of the core. See design notes in CONTRIBUTING.md, "How to add an app".
+
+    name: the folder's name under apps/.
+    acts: which policy acts, and how a row becomes its input.
+    load: load(folder) -> {split: rows}; local files only.
+    write_offline: write_offline(folder, seed) writes the offline folder in the real on-disk format, so `load` reads both.
+    rewards: {component: (weight, reward)}; the default composite.
+    outcome: the component that is the task's own success; must be one of `rewards`.
+    metrics: {name: scorer} on held-out rows, the benchmark's own scorer first (the headline); 1 is best.
+    gold: gold(row) -> the completion that deserves the best score, in the row's own answer format.
+    demonstrations: demonstrations(rows) -> one completion a row, what the warm start imitates.
+    presets: further composites by name, {preset: {component: (weight, reward)}}; "default" is `rewards`.
+    warnings: warnings(weights, outcome, recipe_names) -> sentences about a composite that breaks a promise of the app.
+    canaries: attacks and degenerate answers with their expected scores (rewards.canaries.Canary or the like).
+    options: the dataclass of the `task:` section.
+    cluster: the column whose values are resampled together in intervals (a database, a speaker).
+    baselines: {name: f(train_rows, test_rows) -> completions}; rivals that cost nothing.
+    show: show(row, completion) -> text for the report.
+    predict: predict(request) -> a row without gold, from one line of `make predict`'s input.
+    extract: extract(completion) -> the answer in it, or None; for `make predict`.
+    extras: the optional dependencies of pyproject.toml that the app needs.
+    tasks: {TASK: {"section.key": value}}, named variants of the config.
+    """
+
+    name: str
+    acts: Language
+    load: Callable[[Path], Mapping[str, Rows]]
+    write_offline: Callable[[Path, int], None]
+    rewards: Mapping[str, tuple[float, Callable]]
+    outcome: str
+    metrics: Mapping[str, Callable]
+    gold: Callable[[Row], str]
+    demonstrations: Callable[[Rows], list[str]]
+    presets: Mapping[str, Mapping[str, tuple[float, Callable]]] = field(default_factory=dict)
+    warnings: Callable[[Mapping[str, float], str, Sequence[str]], list[str]] = lambda weights, outcome, recipes: []
+    canaries: Sequence[Any] = ()
+    options: type = NoOptions
+    cluster: str | None = None
+    baselines: Mapping[str, Callable[[Rows, Rows], list[str]]] = field(default_factory=dict)
+    show: Callable[[Row, str], str] = lambda row, completion: completion
+    predict: Callable[[Row], Row] | None = None
+    extract: Callable[[str], str | None] | None = None
+    extras: tuple[str, ...] = ()
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def composite(self, preset: str = "default", weights: Mapping[str, float] | None = None):
+        """{component: (weight, reward)} of a preset, with single weights replaced. Raises AppError on unknown names."""
+        presets = {"default": self.rewards, **self.presets}
+        if preset not in presets:
+            raise AppError(unknown("rewards.preset", preset, presets))
+        composite = dict(presets[preset])
+        for component, weight in (weights or {}).items():
+            if component not in composite:
+                raise AppError(unknown("component in rewards.weights", component, composite))
+            composite[component] = (float(weight), composite[component][1])
+        if self.outcome not in composite:
+            raise AppError(f"preset {preset!r} of app {self.name} lacks the outcome component {self.outcome!r}")
+        return composite
+
+
+def unknown(what: str, got: str, known) -> str:
+    """One sentence for a name that is not known, with the nearest one that is."""
+    known = sorted(map(str, known))
+    near = get_close_matches(str(got), known, n=1)
+    return f"unknown {what} {got!r}{f'; did you mean {near[0]!r}?' if near else ''} (known: {', '.join(known)})"
+
+
+def names() -> list[str]:
+    """Every app there is: the folders of apps/ that hold an app.py."""
+    spec = importlib.util.find_spec("apps")
+    folders = spec.submodule_search_locations if spec else []
+    return sorted(path.parent.name for folder in folders for path in Path(folder).glob("*/app.py"))
+
+
+def folder(name: str) -> Path:
+    """The folder of an app, where its configs lie."""
+    return Path(importlib.util.find_spec(f"apps.{name}").submodule_search_locations[0])
+
+
+def find(name: str) -> App:
+    """The app of that name. Raises AppError with the nearest name, or with the extra to install."""
+    if name not in names():
+        raise AppError(unknown("app", name, names()))
+    try:
+        app = importlib.import_module(f"apps.{name}.app").APP
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] in ("apps", "core", "rewards", "data"):
+            raise
+        raise AppError(
+            f"app {name} needs the package {error.name!r}, which is not installed; `make train APP={name}` installs it "
+            f'(or: pip install -e ".[train,<extras of the app>]")'
+        ) from error
+    if app.name != name:
+        raise AppError(f"apps/{name}/app.py calls itself {app.name!r}; its name must be the folder's")
+    return app
+
+
+def prepare(app: App, rows: Rows, options: Any) -> list[Row]:
+    """Rows with the task options as columns and the rendered prompt; a row's own columns win over nothing: a clash is refused."""
+    columns = asdict(options)
+    prepared = []
+    for index, row in enumerate(rows):
+        if "id" not in row:
+            raise AppError(f"row {index} of app {app.name} has no 'id'; `load` must give every row one")
+        if clash := set(columns) & set(row):
+            raise AppError(f"task option {sorted(clash)[0]!r} is also a column of the data; rename the option")
+        full = {**row, **columns}
+        try:
+            full["prompt"] = app.acts.prompt(full)
+        except KeyError as error:
+            raise AppError(
+                f"row {row['id']}: the prompt needs the column {error.args[0]!r}; the row has: {', '.join(sorted(row))}"
+            ) from error
+        prepared.append(full)
+    return prepared
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the self-check: what was checked, whether it held, and the evidence."""
+
+    what: str
+    ok: bool
+    detail: str = ""
+
+
+def self_check(app: App, rows: Rows, scorer, metrics_scorer, canary_rows: int = 4) -> list[Finding]:
+    """Gold scores its best on every row, metrics agree, canaries score as they should. Loads no model.
+
+    scorer, metrics_scorer: core.scoring.Scorer over the rewards and over the metrics.
+    Raises BrokenRowError (from the scorer) if a row's gold does not run; that names the row.
+    """
+    findings = []
+    gold = [app.gold(row) for row in rows]
+    for title, judge in (("reward", scorer), ("metric", metrics_scorer)):
+        scores = judge.score(gold, rows)
+        for k, name in enumerate(judge.names):
+            values = scores.values[:, k]
+            low = [i for i, v in enumerate(values) if v == v and v < 1]
+            unscored = int(scores.failed.sum())
+            detail = f"{len(rows)} rows"
+            if low:
+                i = low[0]
+                detail = f"{len(low)} of {len(rows)} rows below 1; row {rows[i]['id']}: {values[i]:.3f} {scores.reasons[i].get(name, '')}"
+            if unscored:
+                detail += f"; {unscored} rows could not be judged"
+            findings.append(Finding(f"gold scores 1 on {title} {name}", not low and not unscored, detail))
+    sample = list(rows[:: max(1, len(rows) // canary_rows)])[:canary_rows]
+    for canary in app.canaries:
+        if canary.component not in scorer.names:
+            continue
+        k = scorer.names.index(canary.component)
+        scores = scorer.score([canary.completion(row) for row in sample], sample)
+        values = scores.values[:, k]
+        bad = [v for v in values if not (canary.at_least <= v <= canary.at_most)]
+        detail = f"{canary.component} {min(values, default=0):.2f}..{max(values, default=0):.2f}, allowed {canary.at_least:g}..{canary.at_most:g}"
+        findings.append(Finding(f"canary {canary.name}", not bad, detail))
+    return findings

@@ -1,0 +1,363 @@
+"""The run's configuration: frozen dataclasses <- YAML <- key=value; unknown keys are refused with the nearest match.
+
+Sections stand in the order a reader asks. The user states prompts per step and group size; `Batch` derives the rest and
+says it in one line. `trainer:` passes any field of trl.GRPOConfig through, except those that another section owns; those
+are refused with the key to use instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from core.app import App, unknown
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the key, the value, the limit and the fix."""
+
+
+@dataclass(frozen=True)
+class Model:
+    path: str = "tiny"  # "tiny", a folder, or a hub id
+    width: int = 128  # the tiny model's hidden size; the rest of its shape follows
+    layers: int = 4
+    heads: int = 4
+    vocabulary: int = 1024
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    lora_rank: int = 0  # 0 trains all weights
+    lora_alpha: int = 32
+    lora_targets: str = "all-linear"
+    remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Data:
+    folder: str | None = None  # None: the offline folder, written from the run's seed
+    train: str = "train"
+    test: str = "dev"
+    train_rows: int | None = None  # first n after a seeded shuffle
+    test_rows: int | None = None
+    validation_share: float = 0.1  # share of the training clusters held out for the curve during training
+
+
+@dataclass(frozen=True)
+class Warmup:
+    labels: Literal["none", "gold", "silver"] = "none"
+    rows: int = 0  # demonstrations the policy imitates; their prompts are not used for RL when prompts are left over
+    teacher_rows: int = 0  # silver: gold demonstrations the weak teacher sees
+    teacher_steps: int = 0
+    teacher_temperature: float = 1.0  # silver labels are the teacher's samples; 0 = greedy
+    steps: int = 0
+    batch_size: int = 32
+    lr: float = 2e-3
+
+
+@dataclass(frozen=True)
+class Rollout:
+    prompts_per_step: int = 8
+    group_size: int = 8
+    max_prompt_length: int = 512
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    steps_per_batch: int = 1  # optimizer steps that one generation batch is split into
+    iterations: int = 1  # passes over the same generation batch
+
+
+@dataclass(frozen=True)
+class Rewards:
+    preset: str = "default"
+    weights: dict[str, float] = field(default_factory=dict)
+    workers: int = 2
+    timeout_s: float = 10.0
+    memory_mb: int = 2048
+    max_failure_share: float = 0.5
+
+
+@dataclass(frozen=True)
+class Optim:
+    steps: int = 100
+    lr: float = 1e-6
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    micro_batch: int | None = None  # rollouts in one forward pass per rank; None: all of the rank's
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    every: int = 50  # steps between evaluations on the validation rows; 0 = never
+    validation_rows: int = 200
+    batch_size: int = 64
+    samples: int = 1  # sampled completions a row, beside the greedy one
+
+
+@dataclass(frozen=True)
+class Run:
+    seed: int = 0
+    threads: int = 1  # torch threads; two on a busy two-core machine are 20-45 times slower
+    save_every: int = 50
+    force_cpu: bool = False
+    needs_gpu: bool = False
+    control: Literal["none", "shuffled_advantages", "random_rewards"] = "none"
+
+
+@dataclass(frozen=True)
+class Launch:
+    sampler: Literal["hf", "vllm_colocate", "vllm_server"] = "hf"
+
+
+@dataclass(frozen=True)
+class Config:
+    task: Any
+    model: Model = Model()
+    data: Data = Data()
+    warmup: Warmup = Warmup()
+    rollout: Rollout = Rollout()
+    rewards: Rewards = Rewards()
+    objective: dict[str, Any] = field(default_factory=lambda: {"recipe": "grpo"})
+    optim: Optim = Optim()
+    evaluate: Evaluate = Evaluate()
+    run: Run = Run()
+    launch: Launch = Launch()
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+# Fields of trl.GRPOConfig that a section of ours decides, and the key to use instead.
+OWNED = {
+    "loss_type": "objective.recipe",
+    "importance_sampling_level": "objective.recipe (gspo)",
+    "multi_objective_aggregation": "objective.recipe (gdpo)",
+    "epsilon": "objective.epsilon_low",
+    "epsilon_high": "objective.epsilon_high",
+    "delta": "objective.delta",
+    "beta": "objective.beta",
+    "scale_rewards": "objective.scale",
+    "reward_weights": "rewards.weights",
+    "num_generations": "rollout.group_size",
+    "generation_batch_size": "rollout.prompts_per_step",
+    "per_device_train_batch_size": "optim.micro_batch",
+    "gradient_accumulation_steps": "rollout.prompts_per_step and optim.micro_batch",
+    "steps_per_generation": "rollout.steps_per_batch",
+    "num_iterations": "rollout.iterations",
+    "max_completion_length": "rollout.max_completion_length",
+    "temperature": "rollout.temperature",
+    "top_p": "rollout.top_p",
+    "top_k": "rollout.top_k",
+    "learning_rate": "optim.lr",
+    "lr_scheduler_type": "optim.schedule",
+    "warmup_steps": "optim.warmup_steps",
+    "max_grad_norm": "optim.max_grad_norm",
+    "weight_decay": "optim.weight_decay",
+    "max_steps": "optim.steps",
+    "seed": "run.seed",
+    "save_steps": "run.save_every",
+    "output_dir": "RUN=",
+    "use_vllm": "launch.sampler",
+    "vllm_mode": "launch.sampler",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+}
+
+
+def load(app: App, path: Path, overrides: Iterable[str] = (), task: str | None = None, **settings: Any) -> Config:
+    """The config of `path`, with TASK's values, then key=value overrides, then settings given as section__key.
+
+    Raises ConfigError that names the key and the nearest one there is.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError:
+        there = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        raise ConfigError(f"no config {path.name} in apps/{app.name}; there are: {', '.join(there)}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path.name} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path.name} must be a mapping of sections, not {type(raw).__name__}")
+    values = dict(app.tasks.get(task, {})) if task else {}
+    if task and task not in app.tasks:
+        raise ConfigError(unknown("TASK", task, app.tasks) if app.tasks else f"app {app.name} has no TASK= to choose")
+    for override in overrides:
+        key, sign, value = override.partition("=")
+        if not sign:
+            raise ConfigError(f"override {override!r} is not of the form section.key=value")
+        values[key.strip()] = yaml.safe_load(value) if value.strip() else None
+    values |= {key.replace("__", "."): value for key, value in settings.items() if value is not None}
+    for key, value in values.items():
+        _set(raw, key.split("."), value, key)
+    return resolve(app, raw)
+
+
+def resolve(app: App, raw: Mapping[str, Any]) -> Config:
+    """A Config from plain mappings, checked against the types of every section."""
+    sections = {f.name: f for f in dataclasses.fields(Config)}
+    hints = typing.get_type_hints(Config) | {"task": app.options}
+    for key in raw:
+        if key not in sections:
+            raise ConfigError(unknown("section", key, sections))
+    built = {name: _convert(raw.get(name, {}), hints[name], name) for name in sections if name in raw or name == "task"}
+    config = Config(**built)
+    if "recipe" not in config.objective:
+        config = dataclasses.replace(config, objective={"recipe": "grpo", **config.objective})
+    _check(config)
+    return config
+
+
+def _set(raw: dict, path: list[str], value: Any, key: str) -> None:
+    if len(path) < 2:
+        raise ConfigError(f"override {key!r} names no section; write section.key=value, for example optim.lr=1e-5")
+    for part in path[:-1]:
+        raw[part] = dict(raw.get(part) or {})
+        raw = raw[part]
+    raw[path[-1]] = value
+
+
+def _convert(value: Any, kind: Any, key: str) -> Any:
+    """value as `kind`, or a ConfigError that names key, value and kind. YAML reads 1e-5 as text; it is taken as a number."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value or {}, Mapping):
+            raise ConfigError(f"{key} must be a section of keys, not {value!r}")
+        fields, hints = {f.name for f in dataclasses.fields(kind)}, typing.get_type_hints(kind)
+        for name in value or {}:
+            if name not in fields:
+                raise ConfigError(unknown(f"key in section {key}", name, fields))
+        return kind(**{name: _convert(v, hints[name], f"{key}.{name}") for name, v in (value or {}).items()})
+    if kind is Any:
+        return value
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(unknown(f"value of {key}:", value, arguments))
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(value, next(a for a in arguments if a is not type(None)), key)
+    if origin is dict:
+        if not isinstance(value or {}, Mapping):
+            raise ConfigError(f"{key} must be a section of keys, not {value!r}")
+        return {str(k): _convert(v, arguments[1], f"{key}.{k}") for k, v in (value or {}).items()}
+    if kind is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif (kind is int and isinstance(value, int) and not isinstance(value, bool)) or (
+        kind in (str, bool) and isinstance(value, kind)
+    ):
+        return value
+    elif kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    elif kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise ConfigError(f"{key}={value!r} is not of type {getattr(kind, '__name__', kind)}")
+
+
+def _check(config: Config) -> None:
+    """Ranges that no later code should have to meet."""
+    at_least = {
+        "rollout.prompts_per_step": (config.rollout.prompts_per_step, 1),
+        "rollout.group_size": (config.rollout.group_size, 2),
+        "rollout.max_completion_length": (config.rollout.max_completion_length, 1),
+        "rollout.steps_per_batch": (config.rollout.steps_per_batch, 1),
+        "rollout.iterations": (config.rollout.iterations, 1),
+        "optim.steps": (config.optim.steps, 0),
+        "rewards.workers": (config.rewards.workers, 1),
+        "run.threads": (config.run.threads, 1),
+        "run.save_every": (config.run.save_every, 1),
+    }
+    for key, (value, limit) in at_least.items():
+        if value < limit:
+            raise ConfigError(f"{key}={value} is below its least value {limit}")
+    for key, value in (("rollout.temperature", config.rollout.temperature), ("optim.lr", config.optim.lr)):
+        if value <= 0:
+            raise ConfigError(f"{key}={value} must be above 0")
+    if not 0 <= config.data.validation_share < 1:
+        raise ConfigError(f"data.validation_share={config.data.validation_share} must lie in [0, 1)")
+    for name in config.trainer:
+        if name in OWNED:
+            raise ConfigError(f"trainer.{name} is decided elsewhere; set {OWNED[name]} instead")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The derived arithmetic of one step, so that every rank's generation batch is a whole number of groups.
+
+    rollouts: B = prompts x group of one optimizer step over all ranks; micro: rollouts per forward on one rank;
+    accumulation: micro-batches of one step on one rank; generation: rollouts sampled at once over all ranks.
+    """
+
+    prompts: int
+    group: int
+    ranks: int
+    micro: int
+    steps_per_batch: int
+    iterations: int
+
+    @property
+    def rollouts(self) -> int:
+        return self.prompts * self.group
+
+    @property
+    def accumulation(self) -> int:
+        return self.rollouts // (self.micro * self.ranks)
+
+    @property
+    def generation(self) -> int:
+        return self.rollouts * self.steps_per_batch
+
+    def line(self) -> str:
+        """The derivation, in one line."""
+        fresh = "fresh rollouts every step"
+        if self.steps_per_batch * self.iterations > 1:
+            fresh = (
+                f"{self.generation} rollouts sampled at once for {self.steps_per_batch * self.iterations} steps "
+                f"({self.steps_per_batch} parts x {self.iterations} passes)"
+            )
+        return (
+            f"{self.prompts} prompts x {self.group} completions = {self.rollouts} rollouts a step; "
+            f"{self.ranks} rank{'s' * (self.ranks > 1)} x {self.accumulation} micro-batch{'es' * (self.accumulation > 1)} "
+            f"of {self.micro}; {fresh}"
+        )
+
+
+def batch(config: Config, ranks: int = 1) -> Batch:
+    """Derive the batch. Raises ConfigError with the values that would work."""
+    rollout, micro = config.rollout, config.optim.micro_batch
+    rollouts = rollout.prompts_per_step * rollout.group_size
+    if rollout.prompts_per_step * rollout.steps_per_batch % ranks:
+        raise ConfigError(
+            f"rollout.prompts_per_step={rollout.prompts_per_step} x steps_per_batch={rollout.steps_per_batch} does not "
+            f"divide over {ranks} ranks; every rank needs whole groups, so use a multiple of {ranks}"
+        )
+    if rollouts % ranks:
+        raise ConfigError(f"{rollouts} rollouts a step do not divide over {ranks} ranks")
+    share = rollouts // ranks
+    micro = share if micro is None else micro
+    if micro < 1 or share % micro:
+        fits = [n for n in range(1, share + 1) if share % n == 0]
+        raise ConfigError(
+            f"optim.micro_batch={micro} does not divide the {share} rollouts of a rank "
+            f"(prompts_per_step={rollout.prompts_per_step} x group_size={rollout.group_size} / {ranks}); "
+            f"use one of {', '.join(map(str, fits))}"
+        )
+    return Batch(
+        rollout.prompts_per_step, rollout.group_size, ranks, micro, rollout.steps_per_batch, rollout.iterations
+    )
+
+
+def run_name(config_name: str, task: str | None, seed: int) -> str:
+    return f"{config_name}{f'-{task}' if task else ''}-s{seed}"

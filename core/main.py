@@ -1,0 +1,223 @@
+"""python -m core.main train | eval | predict | report | check | new | apps | recipes: what the Makefile calls.
+
+Variables of make arrive as options; everything else is a key of the config (SET="section.key=value ...").
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import yaml
+
+from core import app as apps
+from core import config as configs
+from core.app import AppError
+from core.config import Config, ConfigError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns 0, or 1 if a check failed, or 2 after one sentence on what the user can mend."""
+    options = parser().parse_args(arguments)
+    refuse_other_core()
+    from core.run.folder import RunRefused
+    from core.scoring import BrokenRowError, RewardsFailing
+
+    try:
+        return COMMANDS[options.command](options)
+    except (AppError, ConfigError, RunRefused, BrokenRowError, RewardsFailing, FileNotFoundError, ValueError) as error:
+        if os.environ.get("DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    parse = argparse.ArgumentParser(prog="python -m core.main", description=__doc__.splitlines()[0])
+    commands = parse.add_subparsers(dest="command", required=True)
+    for name, text in HELP.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name in ("apps", "recipes"):
+            continue
+        command.add_argument("--app", required=True, help="a folder of apps/")
+        if name == "new":
+            continue
+        command.add_argument("--config", default="tiny", help="a YAML file of the app, without its ending (default tiny)")
+        command.add_argument("--data", help="the data set's folder (default: the offline one, made here)")
+        command.add_argument("--model", help="a folder or hub id (default: the config's)")
+        command.add_argument("--task", help="a named variant of the app")
+        command.add_argument("--seed", type=int)
+        command.add_argument("--run", help="the run's name or folder (default <config>[-<task>]-s<seed>)")
+        command.add_argument("--set", default="", help='overrides, "section.key=value ..."')
+        if name == "train":
+            command.add_argument("--fresh", action="store_true", help="delete the run of that name first")
+            command.add_argument("--dry-run", action="store_true", help="print the resolved config and the batch, and stop")
+        if name == "eval":
+            command.add_argument("--split", help="split to evaluate (default: the config's test split)")
+        if name == "predict":
+            command.add_argument("--input", required=True, help="a JSON-lines file of questions")
+            command.add_argument("--output", required=True, help="where to write the answers")
+    return parse
+
+
+HELP = {
+    "train": "train an app, or go on with a run",
+    "eval": "score a run's model, or any MODEL, on held-out rows, without training",
+    "predict": "answer questions with a run's model",
+    "report": "write a run's report.html again",
+    "check": "score gold answers and attacks; loads no model",
+    "new": "write the two files of a new app",
+    "apps": "list the apps",
+    "recipes": "list the recipes",
+}
+
+
+def refuse_other_core() -> None:
+    """`core` is a common name: refuse to run with somebody else's."""
+    import core
+
+    if not (Path(core.__file__).parent / "objective" / "recipes.py").exists():
+        raise ConfigError(f"the package 'core' in {Path(core.__file__).parent} is not this project's; run from its root, with python -P")
+
+
+def resolved(options: argparse.Namespace) -> tuple[apps.App, Config]:
+    app = apps.find(options.app)
+    config = configs.load(
+        app,
+        apps.folder(app.name) / f"{options.config}.yaml",
+        shlex.split(options.set),
+        options.task,
+        data__folder=options.data,
+        model__path=options.model,
+        run__seed=options.seed,
+    )
+    return app, config
+
+
+def run_path(options: argparse.Namespace, app, config: Config) -> Path:
+    """RUN= as a folder if it looks like one, else runs/<app>/<name>."""
+    name = options.run or configs.run_name(options.config, options.task, config.run.seed)
+    return Path(name) if os.sep in name else Path("runs") / app.name / name
+
+
+def train(options: argparse.Namespace) -> int:
+    app, config = resolved(options)
+    if options.dry_run:
+        print(yaml.safe_dump(config.as_dict(), sort_keys=False), end="")
+        print(f"# {configs.batch(config, int(os.environ.get('WORLD_SIZE', '1'))).line()}")
+        return 0
+    from core.run.folder import RunFolder
+    from core.run.progress import Progress
+    from core.run.train import run_training
+
+    path = run_path(options, app, config)
+    title = f"{app.name} {path.name}"
+    with RunFolder.open(path, config.as_dict(), fresh=options.fresh) as folder, Progress(config.optim.steps, title) as progress:
+        run_training(app, config, folder, progress, command(options))
+    return 0
+
+
+def command(options: argparse.Namespace) -> str:
+    """The make command that does the same again."""
+    words = [f"make {options.command} APP={options.app}"]
+    if options.config != "tiny":
+        words.append(f"CONFIG={options.config}")
+    for name in ("data", "model", "task", "seed", "run"):
+        if (value := getattr(options, name)) is not None:
+            words.append(f"{name.upper()}={shlex.quote(str(value))}")
+    return " ".join(words + ([f"SET={shlex.quote(options.set)}"] if options.set else []))
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from core.run.evaluation import run_evaluation
+
+    app, config = resolved(options)
+    return run_evaluation(app, config, options.model, run_path(options, app, config), options.split)
+
+
+def predict(options: argparse.Namespace) -> int:
+    from core.run.evaluation import run_prediction
+
+    app, config = resolved(options)
+    return run_prediction(app, config, options.model, run_path(options, app, config), Path(options.input), Path(options.output))
+
+
+def report(options: argparse.Namespace) -> int:
+    from core.run.report import write_report
+
+    app, config = resolved(options)
+    path = run_path(options, app, config)
+    if not (path / "summary.json").exists():
+        raise ConfigError(f"{path} has no finished run; run make train APP={app.name} first, or name it with RUN=")
+    extra = json.loads((path / "report.json").read_text())
+    print(write_report(path, json.loads((path / "summary.json").read_text()), extra))
+    return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    from core.run.evaluate import Judge
+    from core.run.progress import Progress
+    from core.run.train import Setup, data_folder
+
+    app, config = resolved(options)
+    print(yaml.safe_dump(config.as_dict(), sort_keys=False), end="")
+    with Progress(0, app.name) as progress:
+        setup = Setup(app, config, progress, need_machine=False)
+        splits = app.load(data_folder(app, config, progress))
+        with Judge(app, config, setup.composite) as judge:
+            findings = []
+            for split, rows in splits.items():
+                prepared = apps.prepare(app, rows, config.task)
+                canaries = split == config.data.test
+                found = apps.self_check(app, prepared, judge.rewards, judge.metrics, canary_rows=4 if canaries else 0)
+                findings += [apps.Finding(f"{split}: {f.what}", f.ok, f.detail) for f in found]
+        progress.table("self-check", ["what", "", "evidence"], [(f.what, "ok" if f.ok else "FAILS", f.detail) for f in findings])
+        failed = sum(not f.ok for f in findings)
+        progress.note(f"{len(findings) - failed} of {len(findings)} checks hold")
+    return 1 if failed else 0
+
+
+def new(options: argparse.Namespace) -> int:
+    from core.run.scaffold import write_app
+
+    print(write_app(options.app))
+    return 0
+
+
+def list_apps(options: argparse.Namespace) -> int:
+    for name in apps.names():
+        try:
+            app = apps.find(name)
+            print(f"{name:22} rewards: {', '.join(app.rewards)}; metric: {next(iter(app.metrics))}")
+        except AppError as error:
+            print(f"{name:22} {error}")
+    return 0
+
+
+def list_recipes(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from core.objective.recipes import RECIPES
+
+    table = Table("recipe", "what it changes", "needs", "grade", "source")
+    for recipe in RECIPES.values():
+        table.add_row(recipe.name, recipe.summary, ", ".join(sorted(recipe.needs)) or "-", recipe.grade, recipe.source)
+    Console().print(table)
+    return 0
+
+
+COMMANDS = {
+    "train": train, "eval": evaluate, "predict": predict, "report": report,
+    "check": check, "new": new, "apps": list_apps, "recipes": list_recipes,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Whole groups, as they exist once per generation batch, and the credit that is given to their rollouts.
+
+P prompts, G rollouts per prompt, B = P * G rows (row p * G + g is rollout g of prompt p), T decisions, K components.
+NaN in `rewards` means "this component does not apply here". A rollout of which every component is NaN, or whose check
+failed, is *unscored*: it is out of every baseline, and gets advantage 0 and keep 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Group:
+    """What `Recipe.credit` sees: all groups of a generation batch, gathered over ranks; nothing of the new policy.
+
+    rewards: (P, G, K) float, or (P, G, K, T) if `aligned`; NaN = not applicable. Failed rollouts become all NaN.
+    weights: (K,) float, one weight per component.
+    mask: (B, T), 1 on decisions that carry loss. old_logps: (B, T), nats.
+    aligned: decision t is the same question in every rollout of a group (flow, forecast), so each may have a reward.
+    failed: (P, G) bool, True where a check could not judge the rollout.
+    names: K component names, for messages. outcome: index of the component that is the task's own success.
+    extras: tensors that a recipe asked for in `needs`.
+    Raises ValueError for shapes that do not fit, infinite rewards or weights, and (P, G, K, T) on an unaligned group.
+    """
+
+    rewards: Tensor
+    weights: Tensor
+    mask: Tensor | None = None
+    old_logps: Tensor | None = None
+    aligned: bool = False
+    failed: Tensor | None = None
+    names: tuple[str, ...] = ()
+    outcome: int | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.rewards.shape)
+        if self.rewards.dim() not in (3, 4) or not self.rewards.is_floating_point():
+            raise ValueError(f"rewards are {self.rewards.dtype} {shape}; they must be float (P, G, K) or (P, G, K, T)")
+        if self.rewards.dim() == 4 and not self.aligned:
+            raise ValueError(
+                f"rewards of shape {shape} hold one value per decision, but the policy is not aligned: decision t is a "
+                "different question in each rollout, so it has no group baseline; give one reward per rollout"
+            )
+        prompts, size, components = shape[:3]
+        self.weights = self.weights.to(self.rewards)
+        if self.weights.shape != (components,):
+            raise ValueError(f"{tuple(self.weights.shape)} weights for {components} reward components; give one each")
+        if self.names and len(self.names) != components:
+            raise ValueError(f"{len(self.names)} names for {components} reward components: {', '.join(self.names)}")
+        if self.outcome is not None and not 0 <= self.outcome < components:
+            raise ValueError(f"outcome={self.outcome} is not the index of one of {components} reward components")
+        if self.failed is not None:
+            if self.failed.shape != (prompts, size):
+                raise ValueError(f"failed has shape {tuple(self.failed.shape)}; expected {(prompts, size)}")
+            where = self.failed.bool().view(prompts, size, *[1] * (self.rewards.dim() - 2))
+            self.rewards = self.rewards.masked_fill(where, torch.nan)
+        for name, rows in (("mask", self.mask), ("old_logps", self.old_logps)):
+            if rows is not None and (
+                rows.dim() != 2 or len(rows) != prompts * size or rows.shape[1:] != (shape[3:] or rows.shape[1:])
+            ):
+                decisions = shape[3] if len(shape) == 4 else "T"
+                raise ValueError(f"{name} has shape {tuple(rows.shape)}; expected ({prompts * size}, {decisions})")
+        for k in range(components):
+            if self.rewards[:, :, k].isinf().any() or not self.weights[k].isfinite():
+                what = "weight" if not self.weights[k].isfinite() else "reward"
+                raise ValueError(f"reward component {self._name(k)} has a {what} that is not finite; bound it")
+
+    @property
+    def scored(self) -> Tensor:
+        """(P, G) bool: rollouts with at least one component that applies."""
+        return ~self.rewards.isnan().flatten(2).all(dim=2)
+
+    def _name(self, k: int) -> str:
+        return repr(self.names[k]) if self.names else f"{k}"
+
+
+@dataclass
+class Credit:
+    """What a group's rollouts are worth, row by row.
+
+    advantage: (B,) or (B, T) float, finite; 0 where keep is 0. keep: (B,) in {0, 1}, the advantage's dtype.
+    extras: per-row tensors, first dimension B, that the recipe's loss will need.
+    metrics: shares in [0, 1] `zero_spread` (groups whose total reward has no spread), `zero_spread_outcome` (the same
+    of the outcome component, if there is one), `unscored` and `dropped` (rows with keep 0, the unscored included); and
+    `advantage_std` over kept rows.
+    """
+
+    advantage: Tensor
+    keep: Tensor
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,39 @@
+"""From one loss per decision to one number, as (sum, count), so that micro-batches and ranks merge.
+
+    token_mean      every decision of the update weighs the same             count = kept decisions of the update
+    sequence_mean   every rollout weighs the same, long or short             count = kept rows of the update
+    fixed_length    a constant divisor: long rollouts weigh more             count = kept rows x longest length allowed
+
+These three do not depend on how the update was split. The two `_local` ones do: they divide by what the micro-batch at
+hand holds and average over micro-batches. They are TRL's own (grpo, bnpo), kept to give its numbers bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from core.objective.rows import Loss, Rows
+
+Reduction = Literal["token_mean", "sequence_mean", "fixed_length", "token_mean_local", "sequence_mean_local"]
+
+
+def reduce_loss(per_decision: Tensor, rows: Rows, *, reduction: Reduction = "sequence_mean_local") -> Loss:
+    """The reduced loss of (B, T), or of (B, 1) standing for every decision of its row; dropped ones leave no trace.
+
+    Counts are at least 1, so an empty micro-batch or update gives 0.
+    Source: token_mean arXiv 2503.14476, sequence_mean 2402.03300, fixed_length 2503.20783; all read in TRL 1.16's code.
+    """
+    mask, counts = rows.loss_mask, rows.counts
+    local = reduction.endswith("_local")
+    if reduction.startswith("sequence_mean"):
+        total = ((per_decision * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).sum()
+        kept = counts.rows if not local else len(mask) if rows.keep is None else rows.keep.sum()
+    else:
+        total = (per_decision * mask).sum()
+        kept = mask.sum() if local else counts.tokens if reduction == "token_mean" else counts.rows * counts.max_length
+    # A tensor, because CUDA divides by a Python number through its reciprocal, which costs the last bit.
+    count = torch.as_tensor(kept, dtype=torch.promote_types(total.dtype, torch.float32), device=total.device)
+    return Loss(sum=total, count=count.clamp(min=1.0), local=local)

@@ -1,0 +1,1 @@
+"""What acts: the policies that a trainer can teach."""

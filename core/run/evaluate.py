@@ -1,0 +1,138 @@
+"""Evaluation of a language policy on held-out rows: the benchmark's own scorers on greedy and on sampled completions.
+
+The metrics run in the same kind of workers as the rewards, but they are other functions: a reward that is wrong does not
+grade itself. A row that could not be judged is NaN, is counted, and is left out of means and of paired comparisons.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from core.app import App, Row
+from core.config import Config
+from core.policy.language import Sampling, complete
+from core.run.statistics import bootstrap_mean, paired_bootstrap
+from core.scoring import Scorer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Completions of N rows and what the scorers said.
+
+    scores: {metric: (N,)} of the greedy completions; sampled: {metric: (N,)}, the mean over the samples of a row; empty if
+    none were drawn. rewards: {component: (N,)} of the greedy completions. reasons: per row {metric: reason code}.
+    """
+
+    completions: list[str]
+    truncated: list[bool]
+    scores: dict[str, np.ndarray]
+    reasons: list[dict[str, str]]
+    sampled: dict[str, np.ndarray]
+    rewards: dict[str, np.ndarray]
+
+    def mean(self, name: str) -> float:
+        return float(np.nanmean(self.scores[name]))
+
+    @property
+    def unscored(self) -> int:
+        return int(np.isnan(next(iter(self.scores.values()))).sum())
+
+
+class Judge:
+    """The app's metrics and rewards, each behind its pool of workers; a context manager."""
+
+    def __init__(self, app: App, config: Config, composite: dict[str, tuple[float, Any]]):
+        limits = {
+            "workers": config.rewards.workers,
+            "timeout_s": config.rewards.timeout_s,
+            "memory_mb": config.rewards.memory_mb,
+            "max_failure_share": config.rewards.max_failure_share,
+        }
+        self.metrics = Scorer(dict(app.metrics), **limits)
+        self.rewards = Scorer({name: reward for name, (_, reward) in composite.items()}, **limits)
+        self.weights = [weight for weight, _ in composite.values()]
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.metrics.close()
+        self.rewards.close()
+
+
+def grade(
+    judge: Judge, rows: Sequence[Row], completions: Sequence[str]
+) -> tuple[dict[str, np.ndarray], list[dict[str, str]]]:
+    """{metric: (N,)} and the reasons, in the order of the rows."""
+    scores = judge.metrics.score(list(completions), list(rows))
+    return {name: scores.values[:, k] for k, name in enumerate(judge.metrics.names)}, scores.reasons
+
+
+def evaluate(
+    model, tokenizer, judge: Judge, rows: Sequence[Row], config: Config, *, samples: int = 0, with_rewards: bool = False
+) -> Evaluation:
+    """Greedy completions of every row, graded; and `samples` sampled ones a row at the rollout's own temperature."""
+    prompts = [row["prompt"] for row in rows]
+    greedy = Sampling(config.rollout.max_completion_length, batch_size=config.evaluate.batch_size)
+    completions, truncated = complete(model, tokenizer, prompts, greedy)
+    scores, reasons = grade(judge, rows, completions)
+    sampled: dict[str, np.ndarray] = {}
+    if samples:
+        drawn = [grade(judge, rows, draw)[0] for draw in draws(model, tokenizer, rows, config, samples)]
+        sampled = {name: np.mean([d[name] for d in drawn], axis=0) for name in scores}
+    rewards: dict[str, np.ndarray] = {}
+    if with_rewards:
+        values = judge.rewards.score(completions, list(rows)).values
+        rewards = {name: values[:, k] for k, name in enumerate(judge.rewards.names)}
+    return Evaluation(completions, truncated, scores, reasons, sampled, rewards)
+
+
+def draws(model, tokenizer, rows: Sequence[Row], config: Config, count: int) -> list[list[str]]:
+    """`count` sampled completions of every row: count lists in the order of the rows."""
+    rollout = config.rollout
+    return [
+        complete(
+            model,
+            tokenizer,
+            [row["prompt"] for row in rows],
+            Sampling(
+                rollout.max_completion_length,
+                rollout.temperature,
+                rollout.top_p,
+                rollout.top_k,
+                config.evaluate.batch_size,
+                seed=config.run.seed * 1009 + n,
+            ),
+        )[0]
+        for n in range(count)
+    ]
+
+
+def best_of(
+    model, tokenizer, judge: Judge, rows: Sequence[Row], config: Config, count: int, headline: str
+) -> dict[str, float]:
+    """ "Just sample more": of `count` samples a row, the share with a right one (an oracle picks), and the most common one's."""
+    drawn = draws(model, tokenizer, rows, config, count)
+    graded = np.array([grade(judge, rows, draw)[0][headline] for draw in drawn])  # (count, N)
+    common = [Counter(d[i] for d in drawn).most_common(1)[0][0] for i in range(len(rows))]
+    voted = grade(judge, rows, common)[0][headline]
+    return {"oracle": float(np.nanmean(np.nanmax(graded, axis=0))), "most_common": float(np.nanmean(voted))}
+
+
+def clusters(app: App, rows: Sequence[Row]) -> list[str] | None:
+    return [str(row[app.cluster]) for row in rows] if app.cluster else None
+
+
+def interval(app: App, rows: Sequence[Row], values: np.ndarray) -> tuple[float, float, float]:
+    """Mean with its 95 % interval, resampling the app's clusters."""
+    return bootstrap_mean(values, clusters(app, rows))
+
+
+def change(app: App, rows: Sequence[Row], before: np.ndarray, after: np.ndarray) -> tuple[float, float, float]:
+    """Mean change with its 95 % paired interval, resampling the app's clusters."""
+    return paired_bootstrap(before, after, clusters(app, rows))

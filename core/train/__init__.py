@@ -1,0 +1,1 @@
+"""What learns: trainers, the warm start, and the health checks that watch them."""

@@ -1,0 +1,321 @@
+"""GRPO on language models: trl.GRPOTrainer with credit and loss from core.objective. The only file that touches TRL's private methods.
+
+Two moments (core/objective): *credit* enters where TRL has gathered the reward matrix of whole groups over all ranks
+(`_calculate_rewards`, `_generate_and_score_completions`); *loss* replaces `_compute_loss`, after TRL has shuffled rows and
+split them into micro-batches. Everything else - generation, vLLM, PEFT, DeepSpeed, FSDP, VLM plumbing, checkpoints - is
+TRL's. What TRL multiplies or adds in its own `_compute_loss` (vLLM importance ratio, off-policy mask, high-entropy mask,
+tool mask, entropy bonus, router loss) is kept.
+
+    generation batch (whole groups)          credit()            shuffle, split            loss()
+    p0 p0 p0 p1 p1 p1 p2 p2 p2 p3 p3 p3  ->  advantage, keep  ->  p2 p0 p3 | p1 p0 ...  ->  per micro-batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather, gather_object
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import GRPOConfig, GRPOTrainer
+
+from core.app import Row, unknown
+from core.config import Batch, Config, ConfigError
+from core.objective.group import Group
+from core.objective.recipes import Recipe
+from core.objective.rows import Counts, Rows
+from core.scoring import Scorer
+
+# What a recipe may ask for in `needs`; anything else is refused at construction.
+PROVIDES = frozenset({"whole_rollouts"})
+MULTIMODAL = (
+    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
+    "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+)  # fmt: skip
+
+
+def arguments(config: Config, batch: Batch, recipe: Recipe, output: Path) -> GRPOConfig:
+    """trl's arguments from ours. Raises ConfigError if a field of `trainer:` is unknown or refused by TRL."""
+    rollout, optim = config.rollout, config.optim
+    ours = {
+        "output_dir": str(output),
+        "max_steps": optim.steps,
+        "learning_rate": optim.lr,
+        "lr_scheduler_type": optim.schedule,
+        "warmup_steps": optim.warmup_steps,
+        "max_grad_norm": optim.max_grad_norm,
+        "weight_decay": optim.weight_decay,
+        "per_device_train_batch_size": batch.micro,
+        "gradient_accumulation_steps": batch.accumulation,
+        "steps_per_generation": batch.accumulation * batch.steps_per_batch,
+        "num_iterations": batch.iterations,
+        "num_generations": batch.group,
+        "max_completion_length": rollout.max_completion_length,
+        "temperature": rollout.temperature,
+        "top_p": rollout.top_p,
+        "top_k": rollout.top_k,
+        "beta": float(recipe.options.get("beta") or 0.0),
+        "scale_rewards": "none",
+        "seed": config.run.seed,
+        "data_seed": config.run.seed,
+        "bf16": config.model.dtype == "bfloat16",
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_vllm": config.launch.sampler != "hf",
+        "vllm_mode": "server" if config.launch.sampler == "vllm_server" else "colocate",
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": config.run.save_every,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+    known = GRPOConfig.__dataclass_fields__
+    for name in config.trainer:
+        if name not in known:
+            raise ConfigError(unknown("field of trl.GRPOConfig in trainer:", name, known))
+    try:
+        return GRPOConfig(**{**ours, **config.trainer})
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"trl refuses the trainer's arguments: {error}") from error
+
+
+class LanguageTrainer(GRPOTrainer):
+    """See the module docstring.
+
+    rows: prepared rows (they hold `prompt`); scorer: the reward components; weights: one a component, in scorer's order.
+    on_rollouts: called on the main process with (step, columns) once per generation batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Row],
+        scorer: Scorer,
+        weights: Sequence[float],
+        outcome: str,
+        recipe: Recipe,
+        config: Config,
+        batch: Batch,
+        output: Path,
+        on_rollouts: Callable[[int, dict[str, list]], None] | None = None,
+        callbacks: Sequence[Any] = (),
+        peft_config: Any = None,
+    ):
+        if missing := recipe.needs - PROVIDES:
+            raise ConfigError(f"recipe {recipe.name} needs {', '.join(sorted(missing))}, which the language trainer cannot give")
+        needed = batch.generation // batch.group
+        if len(rows) < needed:
+            raise ConfigError(
+                f"{len(rows)} training prompts are fewer than the {needed} of one generation batch "
+                f"(prompts_per_step={batch.prompts} x steps_per_batch={batch.steps_per_batch}); TRL would train zero steps. "
+                f"Lower rollout.prompts_per_step or give more data"
+            )
+        self.rows, self.scorer, self.recipe, self.outcome = rows, scorer, recipe, outcome
+        self.control, self.on_rollouts = config.run.control, on_rollouts
+        self.weights = torch.tensor(list(weights), dtype=torch.float32)
+        super().__init__(
+            model=model,
+            reward_funcs=[_named(name) for name in scorer.names],
+            args=arguments(config, batch, recipe, output),
+            train_dataset=Dataset.from_dict({"prompt": [row["prompt"] for row in rows], "row": list(range(len(rows)))}),
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+            peft_config=peft_config,
+        )
+        self.reward_weights = self.weights  # TRL logs the weighted sum as `reward`
+
+    # -- credit: once per generation batch, on whole groups of all ranks ------------------------------------------------
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        rows = [self.rows[example["row"]] for example in inputs]
+        scores = self.scorer.score(texts, rows, self.num_generations)
+        for name, value in scores.metrics.items():
+            self._metrics["train"][name].append(float(value))
+        values = torch.tensor(scores.values, dtype=torch.float32, device=self.accelerator.device)
+        failed = torch.tensor(scores.failed, device=self.accelerator.device)
+        self._judged = {
+            "rewards": gather(values),
+            "failed": gather(failed),
+            "rows": gather_object([row["id"] for row in rows]),
+            "prompts": gather_object([row["prompt"] for row in rows]),
+            "texts": gather_object(texts),
+            "reasons": gather_object(scores.reasons),
+        }
+        return self._judged["rewards"]
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if not self.model.training:
+            return output
+        credit = self.recipe.credit(self._group(output))
+        advantage, keep = credit.advantage, credit.keep
+        if self.control == "shuffled_advantages":
+            order = torch.randperm(len(advantage), generator=self._control_generator()).to(advantage.device)
+            advantage = advantage[order]
+        rank, local = self.accelerator.process_index, len(inputs)
+        mine = slice(rank * local, (rank + 1) * local)
+        group_id = torch.arange(len(keep), device=keep.device) // self.num_generations
+        output |= {"advantages": advantage[mine], "keep": keep[mine], "group_id": group_id[mine], **credit.extras}
+        for name, value in credit.metrics.items():
+            self._metrics["train"][name].append(float(value))
+        if self.on_rollouts and self.accelerator.is_main_process:
+            self.on_rollouts(self.state.global_step + 1, self._rollout_columns(advantage, keep))
+        return output
+
+    def _group(self, output: dict[str, Any]) -> Group:
+        rewards = self._judged["rewards"]
+        if self.control == "random_rewards":
+            rewards = torch.rand(rewards.shape, generator=self._control_generator()).to(rewards)
+        shape = (-1, self.num_generations, rewards.shape[1])
+        mask = self.accelerator.pad_across_processes(_loss_mask(output), dim=1)
+        return Group(
+            rewards=rewards.view(shape),
+            weights=self.weights.to(rewards.device),
+            mask=gather(mask),
+            failed=self._judged["failed"].view(shape[:2]),
+            names=tuple(self.scorer.names),
+            outcome=self.scorer.names.index(self.outcome),
+        )
+
+    def _control_generator(self) -> torch.Generator:
+        """The controls' randomness: a function of seed and step alone, so that a resumed control is the same control."""
+        return torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+
+    def _rollout_columns(self, advantage: torch.Tensor, keep: torch.Tensor) -> dict[str, list]:
+        judged = self._judged
+        if advantage.dim() == 2:
+            advantage = advantage.mean(-1)
+        rewards = judged["rewards"].cpu()
+        columns = {
+            "prompt_id": [str(i) for i in judged["rows"]],
+            "prompt": [p if isinstance(p, str) else p[-1]["content"] for p in judged["prompts"]],
+            "completion": judged["texts"],
+            "advantage": advantage.tolist(),
+            "keep": keep.tolist(),
+            "reward": (rewards * self.weights).nansum(1).tolist(),
+        }
+        for k, name in enumerate(self.scorer.names):
+            columns[f"reward/{name}"] = rewards[:, k].tolist()
+            columns[f"reason/{name}"] = [reasons.get(name, "") for reasons in judged["reasons"]]
+        return columns
+
+    # -- loss: per micro-batch, on rows ---------------------------------------------------------------------------------
+
+    def _compute_loss(self, model, inputs):
+        mask = _loss_mask(inputs)
+        logps, entropy, aux_loss = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].size(1),
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+            **{key: inputs.get(key) for key in MULTIMODAL},
+        )
+        weight, entropy_mask = self._weight(inputs, logps.detach(), entropy, mask)
+        loss = self.recipe.loss(
+            Rows(
+                logps=logps,
+                mask=mask,
+                advantage=inputs["advantages"],
+                old_logps=inputs.get("old_per_token_logps"),
+                ref_logps=inputs.get("ref_per_token_logps"),
+                keep=inputs.get("keep"),
+                group_id=inputs.get("group_id"),
+                entropy=entropy,
+                weight=weight,
+                counts=self._counts(),
+            )
+        )
+        mode = "train" if self.model.training else "eval"
+        accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1
+        value = loss.sum / loss.count
+        value = value / accumulation if loss.local else value * self.accelerator.num_processes
+        for name, (total, count) in loss.metrics.items():
+            total, count = self.accelerator.reduce(torch.stack([total.float(), count.float()]), reduction="sum")
+            self._metrics[mode][name].append((total / count.clamp(min=1.0)).item())
+        if self._entropy_bonus_enabled:
+            value = value - self._entropy_bonus(entropy, mask if entropy_mask is None else mask * entropy_mask, mode, accumulation)
+        if self.aux_loss_enabled:
+            value = value + self.router_aux_loss_coef * aux_loss / accumulation
+            self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
+        return value
+
+    def _weight(self, inputs, logps, entropy, mask):
+        """What TRL multiplies the surrogate with, in TRL's order; None if nothing is switched on."""
+        weight, entropy_mask = None, None
+        if self.off_policy_mask_threshold is not None:
+            advantage = inputs["advantages"]
+            old = inputs.get("old_per_token_logps", logps)
+            weight = self.get_off_policy_mask(
+                advantages=advantage if advantage.dim() == 2 else advantage.unsqueeze(1),
+                per_token_logps=logps,
+                sampling_per_token_logps=inputs.get("sampling_per_token_logps", old),
+                mask=mask,
+                off_policy_threshold=self.off_policy_mask_threshold,
+            )
+        if self.top_entropy_quantile < 1.0:
+            entropy_mask = self.get_high_entropy_mask(entropy, mask, 1 - self.top_entropy_quantile)
+            weight = entropy_mask if weight is None else weight * entropy_mask
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            ratio = inputs["importance_sampling_ratio"]
+            weight = ratio if weight is None else weight * ratio
+        return weight, entropy_mask
+
+    def _counts(self) -> Counts:
+        """Kept rows and kept tokens of the whole update: every micro-batch of the accumulation window, every rank."""
+        accumulation = self.current_gradient_accumulation_steps
+        start = self._step % self.args.steps_per_generation // accumulation * accumulation
+        window = self._buffered_inputs[start : start + accumulation]
+        rows = sum(part["keep"].sum() for part in window)
+        tokens = sum((_loss_mask(part) * part["keep"].unsqueeze(1)).sum() for part in window)
+        rows, tokens = self.accelerator.reduce(torch.stack([rows.float(), tokens.float()]), reduction="sum").tolist()
+        return Counts(rows=rows, tokens=tokens, max_length=self.max_completion_length)
+
+    def _entropy_bonus(self, entropy, mask, mode, accumulation):
+        """TRL's own entropy bonus (trainer.entropy_coef, trainer.use_adaptive_entropy): a token mean per micro-batch."""
+        bonus = (entropy * mask).sum() / mask.sum().clamp(min=1.0) / accumulation
+        coefficient = self.entropy_coef
+        if self.use_adaptive_entropy:
+            coefficient = self.entropy_coef if self._last_world_entropy <= self.args.entropy_target else 0.0
+            if mode == "train":
+                self._adapt_entropy(torch.stack([(entropy * mask).sum(), mask.sum()]).detach())
+        if mode == "train" and self.accelerator.sync_gradients:
+            self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
+        return coefficient * bonus
+
+    def _adapt_entropy(self, stats: torch.Tensor) -> None:
+        """TRL's controller: one step of the coefficient at the end of each accumulation window."""
+        window = stats if self._entropy_window_stats is None else self._entropy_window_stats + stats
+        self._entropy_window_stats = window
+        if not self.accelerator.sync_gradients:
+            return
+        total, count = self.accelerator.reduce(window, reduction="sum")
+        measured = (total / count.clamp(min=1.0)).item()
+        step = self.args.entropy_coef_delta if measured <= self.args.entropy_target else -self.args.entropy_coef_delta
+        self.entropy_coef = min(max(self.entropy_coef + step, self.args.entropy_coef_min), self.args.entropy_coef_max)
+        self._last_world_entropy, self._entropy_window_stats = measured, None
+
+
+def _loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
+    """(B, T): 1 on tokens that the policy wrote and that carry loss."""
+    mask = inputs["completion_mask"]
+    return mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]
+
+
+def _named(name: str) -> Callable:
+    """A name for TRL's tables; `_calculate_rewards` asks the scorer instead of calling it."""
+
+    def reward(**_: Any):
+        raise RuntimeError("rewards are computed by the scorer")
+
+    reward.__name__ = name
+    return reward

@@ -1,0 +1,174 @@
+"""One reward worker: an interpreter of its own that runs rewards on what a model wrote, and may be killed any moment.
+
+Standard library only. core.pool starts this very file (`python -P core/worker.py`, whatever `core` is importable as) in
+a session of its own, so that killing the process group takes along what a reward forked. Lines of JSON, never pickle:
+
+    parent -> worker   first {"path", "timeout_s", "memory_mb", "max_answer_bytes"}, then one call at a time:
+                       [id, [module, qualname], [grouped, completion or completions, columns]]
+    worker -> parent   first "ready"; for each call its id the moment the reward begins (its module is imported by
+                       then), and {"id", "seconds"} with one of
+                         "verdicts": [[value, reason, detail], ...]   null = does not apply, NaN = could not judge
+                         "error": text, or "broken_row": text;
+                       {"id", "import_error": text} instead of beginning
+
+Covered (Linux and macOS): a reward that prints or reads stdin (descriptors 0-2 are /dev/null; the lines travel on
+private duplicates that children do not inherit); that hangs while the parent is dead (SIGALRM with its default action
+ends the process `GRACE_S` after the parent should have; an idle worker ends at end of file); that writes files
+(RLIMIT_FSIZE 0), dumps core, opens too many files, or forks and returns twice. Linux only: memory (RLIMIT_AS).
+Not covered: network; reading, deleting or truncating files; processes that leave the group with setsid; children that
+a reward leaves behind (they live as long as their worker); forks without end. A reward that *executes* what a model
+wrote needs a sandbox of its own (rewards/sandbox).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import math
+import numbers
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+MAX_REQUEST_BYTES = 16 * 2**20
+MAX_FILES = 1024
+MAX_REASON, MAX_DETAIL, MAX_ERROR = 80, 500, 2000  # characters; JSON may take 12 bytes for one
+GRACE_S = 1.0
+OUT_OF_MEMORY = 71  # exit status: the reward met MemoryError
+
+
+def main() -> None:
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.dup(1)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    settings = json.loads(requests.readline(MAX_REQUEST_BYTES))
+    sys.path[:] = settings["path"]
+    sys.dont_write_bytecode = True
+    _limit(settings["memory_mb"])
+    os.dup2(null, 2)  # until here stderr is the parent's file: it says why a worker could not start
+    pid = os.getpid()
+    # A forked child keeps neither line: the parent sees the end of this process even if the child lives on.
+    os.register_at_fork(after_in_child=lambda: (os.close(answers), os.close(requests.fileno())))
+
+    def send(message: Any) -> None:
+        if os.getpid() != pid:
+            os._exit(0)  # a reward forked and returned in both processes
+        line = json.dumps(message).encode() + b"\n"
+        while line:
+            line = line[os.write(answers, line) :]
+
+    find = functools.cache(resolve)
+    send("ready")
+    while line := requests.readline(MAX_REQUEST_BYTES):
+        number, target, (grouped, completion, columns) = json.loads(line)
+        try:
+            reward = find(*target)
+        except BaseException as error:
+            send({"id": number, "import_error": describe(error)})
+            continue
+        send(number)
+        signal.setitimer(signal.ITIMER_REAL, settings["timeout_s"] + GRACE_S)
+        start = time.perf_counter()
+        answer = _call(reward, completion, columns, len(completion) if grouped else None)
+        answer |= {"id": number, "seconds": time.perf_counter() - start}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        send(_fit(answer, settings["max_answer_bytes"]) if grouped else answer)
+
+
+def _limit(memory_mb: int) -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    limits = {
+        resource.RLIMIT_AS: memory_mb * 2**20,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_NOFILE: MAX_FILES,
+    }
+    for kind, limit in limits.items():
+        hard = resource.getrlimit(kind)[1]
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        with contextlib.suppress(ValueError, OSError):  # macOS refuses some of them
+            resource.setrlimit(kind, (limit, limit))
+
+
+def resolve(module: str, qualname: str) -> Any:
+    """The object of that name. Raises whatever importing its module raises, or AttributeError."""
+    return functools.reduce(getattr, qualname.split("."), importlib.import_module(module))
+
+
+def _call(reward: Callable, completion: Any, columns: dict[str, Any], group: int | None) -> dict[str, Any]:
+    try:
+        result = reward(completion, **columns)
+        return {"verdicts": [verdict(result)] if group is None else verdicts(result, group)}
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)  # the completion used up its memory: like a kill, and nothing here is sound any more
+    except BaseException as error:
+        if getattr(type(error), "broken_row", False):
+            return {"broken_row": clean(str(error), MAX_ERROR)}
+        return {"error": describe(error)}
+
+
+def _fit(answer: dict[str, Any], limit: int) -> dict[str, Any]:
+    """The answer for a large group, without its details if it would be too long with them."""
+    if "verdicts" in answer and len(json.dumps(answer)) >= limit:
+        answer["verdicts"] = [[value, reason, ""] for value, reason, _ in answer["verdicts"]]
+        if len(json.dumps(answer)) >= limit:
+            del answer["verdicts"]
+            answer["error"] = f"the answer is longer than max_answer_bytes={limit}"
+    return answer
+
+
+def verdicts(results: Any, count: int) -> list[list]:
+    """One verdict for each of `count` completions. Raises ValueError if the reward returned something else."""
+    if not isinstance(results, list | tuple) or len(results) != count:
+        got = f"{len(results)} scores" if isinstance(results, list | tuple) else f"a {type(results).__name__}"
+        raise ValueError(f"the reward returned {got} for {count} completions; it must return a list of one score each")
+    return [verdict(result) for result in results]
+
+
+def verdict(result: Any) -> list:
+    """[value, reason, detail] of what a reward returned: a number, None, or an object with value, reason and detail.
+
+    value: finite float; None = does not apply; NaN = could not judge. An infinite value, or something that is not a
+    number, is a bug of the reward: NaN with the reason bad_reward_value, never a zero.
+    """
+    value = getattr(result, "value", result)
+    reason = clean(str(getattr(result, "reason", "")), MAX_REASON)
+    detail = clean(str(getattr(result, "detail", "")), MAX_DETAIL)
+    if value is None:
+        return [None, reason, detail]
+    if isinstance(value, numbers.Real):
+        with contextlib.suppress(OverflowError):
+            number = float(value)
+            if math.isfinite(number):
+                return [number, reason, detail]
+            if math.isnan(number):
+                return [number, reason or "failed", detail]
+    shown = clean(repr(value), 100)
+    return [math.nan, "bad_reward_value", f"returned {shown} ({type(value).__name__}), not a finite number or None"]
+
+
+def clean(text: str, limit: int) -> str:
+    """At most `limit` characters, without control characters and lone surrogates: it ends in terminals and in pages."""
+    text = text[:limit]
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
+def describe(error: BaseException) -> str:
+    """Type, message and the last places of the traceback."""
+    head = "".join(traceback.format_exception_only(error)).strip()
+    places = "".join(traceback.format_tb(error.__traceback__)[-3:])
+    return clean(f"{head[: MAX_ERROR // 2]}\n{places}", MAX_ERROR).strip()
+
+
+if __name__ == "__main__":
+    main()

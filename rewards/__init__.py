@@ -1,0 +1,1 @@
+"""Verifiable rewards: plain functions, usable without torch and without the rest of this repository."""

@@ -1,0 +1,52 @@
+"""Reading structure out of free text: fenced blocks, tags, n-grams. Standard library only; every function is linear."""
+
+import re
+from collections.abc import Hashable, Sequence
+
+FENCE = "```"
+LANGUAGE = re.compile(r"[ \t]*(?:(\w*)[ \t]*\r?\n|(sql|sqlite|json|python)\b)", re.IGNORECASE)
+
+
+def fenced_blocks(text: str) -> list[tuple[str, str]]:
+    """(language, content) of each closed ``` block in order; language is lower-case, "" where none is named.
+
+    The language is a word alone on the fence's line, or a known one followed by the code on the same line.
+    """
+    parts = text.split(FENCE)
+    blocks = []
+    for part in parts[1 : len(parts) - 1 : 2]:  # an odd last part was never closed
+        named = LANGUAGE.match(part)
+        language = (named.group(1) or named.group(2) or "").lower() if named else ""
+        blocks.append((language, part[named.end() if named else 0 :].strip()))
+    return blocks
+
+
+def tagged(text: str, tag: str) -> str | None:
+    """What stands between <tag> and </tag> when each occurs exactly once and in this order; None otherwise."""
+    opening, closing = f"<{tag}>", f"</{tag}>"
+    if text.count(opening) != 1 or text.count(closing) != 1:
+        return None
+    start, end = text.index(opening) + len(opening), text.index(closing)
+    return text[start:end].strip() if start <= end else None
+
+
+def tags_in_order(text: str, tags: Sequence[str]) -> bool:
+    """Whether the text is <a>...</a> <b>...</b> for these tags: each exactly once, in order, only white space
+    outside.
+    """
+    position = 0
+    for tag in tags:
+        opening, closing = f"<{tag}>", f"</{tag}>"
+        if tagged(text, tag) is None or text[position : text.index(opening)].strip():
+            return False
+        position = text.index(closing) + len(closing)
+    return not text[position:].strip()
+
+
+def ngram_jaccard(first: Sequence[Hashable], second: Sequence[Hashable], n: int = 2) -> float:
+    """|A & B| / |A | B| over the sets of n adjacent tokens; where neither has any, 1.0 if the sequences are equal else
+    0.0.
+    """
+    grams = [{tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)} for tokens in (first, second)]
+    union = len(grams[0] | grams[1])
+    return len(grams[0] & grams[1]) / union if union else float(list(first) == list(second))

@@ -1,0 +1,147 @@
+"""Reductions: what each divides by, that the exact ones merge over any split, and that dropped rows leave no trace."""
+
+import math
+
+import pytest
+import torch
+
+from core.objective.recipes import RECIPES, build, grpo
+from core.objective.reduction import reduce_loss
+from core.objective.rows import Counts, Rows
+
+EXACT = ("token_mean", "sequence_mean", "fixed_length")
+LOCAL = ("token_mean_local", "sequence_mean_local")
+LENGTHS = [5, 1, 3, 0, 4, 2, 5, 3, 1, 4]
+ROW_FIELDS = ("logps", "mask", "advantage", "old_logps", "ref_logps", "keep", "entropy", "weight")
+
+
+def update(dtype=torch.float64, keep=None, decisions=False):
+    """Ten ragged rows of an update, off-policy, with a reference, an entropy and a weight."""
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    mask = (torch.arange(5) < torch.tensor(LENGTHS).unsqueeze(1)).to(torch.long)
+    keep = torch.ones(10, dtype=dtype) if keep is None else torch.tensor(keep, dtype=dtype)
+    logps = -random(10, 5).abs()
+    return {
+        "logps": logps,
+        "mask": mask,
+        "advantage": random(10, 5) if decisions else random(10),
+        "old_logps": logps + 0.3 * random(10, 5),
+        "ref_logps": logps + 0.3 * random(10, 5),
+        "keep": keep,
+        "entropy": random(10, 5).abs(),
+        "weight": random(10, 1).abs(),
+        "counts": Counts(rows=keep.sum().item(), tokens=(mask * keep.unsqueeze(1)).sum().item(), max_length=6),
+    }
+
+
+def take(fields, indices):
+    return fields | {name: fields[name][indices] for name in ROW_FIELDS}
+
+
+def gradient(recipe, fields, parts):
+    """The gradient a trainer would accumulate over the parts, with respect to all log-probabilities and entropies."""
+    logps, entropy = (fields[name].clone().requires_grad_() for name in ("logps", "entropy"))
+    for part in parts:
+        loss = recipe.loss(Rows(**take(fields | {"logps": logps, "entropy": entropy}, part)))
+        assert loss.local is False
+        (loss.sum / loss.count).backward()
+    return torch.stack([logps.grad, entropy.grad])
+
+
+SPLITS = [[[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]], [[3], [9, 0, 5], [1, 8, 2, 7, 4, 6]], [[i] for i in range(10)]]
+
+
+@pytest.mark.parametrize("reduction", EXACT)
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_any_split_into_micro_batches_gives_the_full_gradient(recipe, reduction):
+    recipe = recipe(reduction=reduction, beta=0.1, entropy_coef=0.05)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        fields = update(dtype, keep=[1, 1, 0, 1, 1, 1, 0, 1, 1, 1])
+        whole = gradient(recipe, fields, [list(range(10))])
+        assert whole.abs().max() > 0.01
+        for split in SPLITS:
+            torch.testing.assert_close(gradient(recipe, fields, split), whole, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("reduction", LOCAL)
+def test_local_reductions_say_that_they_depend_on_the_split(reduction):
+    fields = update()
+    losses = [grpo(reduction=reduction).loss(Rows(**take(fields, part))) for part in SPLITS[1]]
+    assert all(loss.local for loss in losses)
+    whole = grpo(reduction=reduction).loss(Rows(**fields))
+    merged = sum(loss.sum / loss.count for loss in losses) / len(losses)
+    assert abs(merged - whole.sum / whole.count) > 1e-3
+
+
+@pytest.mark.parametrize("decisions", [False, True], ids=["row", "decision"])
+@pytest.mark.parametrize("reduction", EXACT + LOCAL)
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_keep_zero_equals_removing_the_row(recipe, reduction, decisions):
+    recipe = recipe(reduction=reduction, beta=0.1)
+    dropped = update(keep=[1, 0, 1, 1, 1, 0, 0, 1, 1, 1], decisions=decisions)
+    removed = take(dropped, dropped["keep"].bool()) | {"keep": None}
+    losses = [recipe.loss(Rows(**fields)) for fields in (dropped, removed)]
+    torch.testing.assert_close(losses[0].sum / losses[0].count, losses[1].sum / losses[1].count, rtol=1e-12, atol=0)
+    for name, (total, count) in losses[0].metrics.items():
+        if name != "ratio_deviation_max":
+            torch.testing.assert_close(total / count, torch.div(*losses[1].metrics[name]), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "total", "count"),
+    [
+        ("token_mean", 1 + 2 + 4, 9),
+        ("sequence_mean", 1.5 + 4, 3),
+        ("fixed_length", 1 + 2 + 4, 3 * 5),
+        ("token_mean_local", 1 + 2 + 4, 3),
+        ("sequence_mean_local", 1.5 + 4, 2),
+    ],
+)
+def test_closed_form(reduction, total, count):
+    per_decision = torch.tensor([[1.0, 2.0], [4.0, 8.0]])
+    mask, counts = torch.tensor([[1, 1], [1, 0]]), Counts(rows=3, tokens=9, max_length=5)
+    rows = Rows(logps=per_decision, mask=mask, advantage=torch.ones(2), counts=counts)
+    loss = reduce_loss(per_decision, rows, reduction=reduction)
+    assert (loss.sum.item(), loss.count.item(), loss.local) == (total, count, reduction.endswith("_local"))
+
+
+@pytest.mark.parametrize("reduction", EXACT + LOCAL)
+def test_update_without_a_kept_decision_is_zero(reduction):
+    fields = update(keep=[0] * 10)
+    loss = grpo(reduction=reduction).loss(Rows(**fields))
+    assert (loss.sum / loss.count).item() == 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_garbage_in_padding_and_dropped_rows_does_not_reach_the_loss(recipe):
+    """NaN in an unobserved cell, an overflow in a dropped row: same value, finite gradient."""
+    recipe = recipe(beta=0.1)
+    clean = update(keep=[1, 0, 1, 1, 1, 1, 1, 1, 1, 1])
+    dirty = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in clean.items()}
+    dirty["logps"][1], dirty["old_logps"][1] = 900.0, -900.0
+    for name in ("logps", "old_logps", "ref_logps", "entropy"):
+        dirty[name][clean["mask"] == 0] = math.nan
+    losses = []
+    for fields in (clean, dirty):
+        fields["logps"].requires_grad_()
+        losses.append(recipe.loss(Rows(**fields)))
+        losses[-1].sum.backward()
+    assert losses[0].sum == losses[1].sum
+    assert torch.equal(clean["logps"].grad, dirty["logps"].grad)
+
+
+def test_rows_that_do_not_fit_are_refused():
+    fields = update()
+    for name, wrong in (("advantage", torch.ones(3)), ("keep", torch.ones(10, 5)), ("ref_logps", torch.ones(10, 4))):
+        with pytest.raises(ValueError, match=f"{name} has shape"):
+            Rows(**(fields | {name: wrong}))
+
+
+@pytest.mark.parametrize("options", [{"recipe": "grpo", "reduction": "mean"}])
+def test_unknown_reduction_is_refused(options):
+    with pytest.raises(ValueError, match="token_mean"):
+        build(options)

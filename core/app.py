@@ -52,11 +52,13 @@ class App:
     outcome: the component that is the task's own success; must be one of `rewards`.
     metrics: {name: scorer} on held-out rows, the benchmark's own scorer first (the headline); 1 is best.
     gold: gold(row) -> the completion that deserves the best score, in the row's own answer format.
-    demonstrations: demonstrations(rows) -> one completion a row, what the warm start imitates.
+    demonstrations: demonstrations(rows, seed) -> one completion a row: what the app's annotator wrote, mistakes included;
+        what a warm start with `warmup.labels: demonstrations` imitates.
     presets: further composites by name, {preset: {component: (weight, reward)}}; "default" is `rewards`.
     warnings: warnings(weights, outcome, recipe_names) -> sentences about a composite that breaks a promise of the app.
     canaries: attacks and degenerate answers with their expected scores (rewards.canaries.Canary or the like).
     options: the dataclass of the `task:` section.
+    part: part(row) -> the name of the share of the held-out rows that a row belongs to; each is also shown apart.
     cluster: the column whose values are resampled together in intervals (a database, a speaker).
     baselines: {name: f(train_rows, test_rows) -> completions}; rivals that cost nothing.
     show: show(row, completion) -> text for the report.
@@ -74,11 +76,12 @@ class App:
     outcome: str
     metrics: Mapping[str, Callable]
     gold: Callable[[Row], str]
-    demonstrations: Callable[[Rows], list[str]]
+    demonstrations: Callable[[Rows, int], list[str]]
     presets: Mapping[str, Mapping[str, tuple[float, Callable]]] = field(default_factory=dict)
     warnings: Callable[[Mapping[str, float], str, Sequence[str]], list[str]] = lambda weights, outcome, recipes: []
     canaries: Sequence[Any] = ()
     options: type = NoOptions
+    part: Callable[[Row], str] | None = None
     cluster: str | None = None
     baselines: Mapping[str, Callable[[Rows, Rows], list[str]]] = field(default_factory=dict)
     show: Callable[[Row, str], str] = lambda row, completion: completion

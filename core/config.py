@@ -50,14 +50,12 @@ class Data:
 
 @dataclass(frozen=True)
 class Warmup:
-    labels: Literal["none", "gold", "silver"] = "none"
-    rows: int = 0  # demonstrations the policy imitates; their prompts are not used for RL when prompts are left over
-    teacher_rows: int = 0  # silver: gold demonstrations the weak teacher sees
-    teacher_steps: int = 0
-    teacher_temperature: float = 1.0  # silver labels are the teacher's samples; 0 = greedy
+    labels: Literal["none", "gold", "demonstrations"] = "none"  # what is imitated: gold, or what the app's annotator wrote
+    rows: int | None = None  # how many demonstrations; None: one for every training row
     steps: int = 0
     batch_size: int = 32
     lr: float = 2e-3
+    prompt_loss: bool = False  # the loss also on the prompt: a model from nothing learns its words and to copy from it
 
 
 @dataclass(frozen=True)

@@ -54,13 +54,11 @@ def main() -> None:
     sys.dont_write_bytecode = True
     _limit(settings["memory_mb"])
     os.dup2(null, 2)  # until here stderr is the parent's file: it says why a worker could not start
-    pid = os.getpid()
-    # A forked child keeps neither line: the parent sees the end of this process even if the child lives on.
+    # A forked child keeps neither line: the parent sees the end of this process even if the child lives on, and a child
+    # that returns from the reward as well ends at its first write.
     os.register_at_fork(after_in_child=lambda: (os.close(answers), os.close(requests.fileno())))
 
     def send(message: Any) -> None:
-        if os.getpid() != pid:
-            os._exit(0)  # a reward forked and returned in both processes
         line = json.dumps(message).encode() + b"\n"
         while line:
             line = line[os.write(answers, line) :]

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from apps.text_to_sql import prompts
+from apps.text_to_sql import annotator, prompts
 from core.app import App, Language, Row, Rows
 from data import spider
 from data.synthetic import spider as synthetic
 from rewards import sql as rewards
-from rewards.sql.attacks import CANARIES
+from rewards.canaries import Canary
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,14 @@ class Options:
     schema_format: Literal["compact", "ddl"] = "compact"
 
 
-REWARDS = {
-    "execution": rewards.execution_match,
-    "executes": rewards.executes,
-    "schema": rewards.schema_overlap,
-    "ngram": rewards.ngram_overlap,
-    "structure": rewards.structure_match,
-    "format": rewards.format_ok,
-}
+def composite(weights: dict[str, float]) -> dict:
+    """{component: (weight, reward)}: a component is called as the function that computes it."""
+    return {name: (weight, getattr(rewards, name)) for name, weight in weights.items()}
 
 
-def composite(weights: dict[str, float], **replaced) -> dict:
-    return {name: (weight, {**REWARDS, **replaced}[name]) for name, weight in weights.items()}
+def on_first_table(canary: Canary) -> Canary:
+    """The canary aimed at a table that the row's database has."""
+    return replace(canary, completion=lambda row: canary.completion({**row, "table": row["schema"]["tables"][0]["name"]}))
 
 
 def warnings(weights: dict[str, float], outcome: str, recipes: list[str]) -> list[str]:
@@ -57,6 +53,12 @@ def warnings(weights: dict[str, float], outcome: str, recipes: list[str]) -> lis
             "use grpo, dr_grpo or rloo to keep the order"
         )
     return found
+
+
+def part(row: Row) -> str:
+    """Which share of the held-out rows a row belongs to: its template was seen, and its kind of clause was demonstrated right."""
+    novelty = "held-out templates" if row.get("novel") else "seen templates"
+    return f"{novelty}, details {'corrupted' if annotator.touched(row['sql']) else 'never corrupted'}"
 
 
 def nearest_question(train: Rows, test: Rows) -> list[str]:
@@ -93,18 +95,19 @@ APP = App(
     options=Options,
     load=spider.load,
     write_offline=synthetic.write,
-    demonstrations=lambda rows: [prompts.answer(row) for row in rows],
+    demonstrations=annotator.demonstrations,
+    part=part,
     gold=prompts.answer,
     rewards=composite(rewards.ORDERED),
-    presets={"reasoning_sql": composite(rewards.REASONING_SQL, structure=rewards.structure_match_if_wrong)},
-    outcome="execution",
+    presets={"reasoning_sql": composite(rewards.REASONING_SQL)},
+    outcome="execution_match",
     warnings=warnings,
     metrics={
         "execution_accuracy": rewards.spider_execution,
         "execution_strict": rewards.execution_match,
         "executable": rewards.executes,
     },
-    canaries=CANARIES,
+    canaries=tuple(map(on_first_table, rewards.CANARIES)),
     cluster="db_id",
     baselines={"nearest question's query": nearest_question, "first column of the first table": first_column},
     predict=predict_row,

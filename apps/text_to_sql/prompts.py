@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 
 from core.app import Row
+from rewards.sql import in_template
 
 TASK = (
     "You translate questions into SQLite queries. Use only tables and columns of the schema; the query must run as it is "
@@ -26,13 +27,6 @@ FORMATS = {
     "reasoning": "Write your reasoning between <reasoning> and </reasoning>, then the query alone between <answer> and </answer>.",
     "think_answer": "Write your thoughts between <think> and </think>, then, between <answer> and </answer>, the query in a ```sql block.",
     "think_solution": "Write your thoughts between <think> and </think>, then the query alone between <solution> and </solution>.",
-}
-WRAPPERS = {
-    "plain": " {sql}",
-    "fenced": "```sql\n{sql}\n```",
-    "reasoning": "<reasoning>The query follows from the schema.</reasoning>\n<answer>{sql}</answer>",
-    "think_answer": "<think>The query follows from the schema.</think>\n<answer>\n```sql\n{sql}\n```\n</answer>",
-    "think_solution": "<think>The query follows from the schema.</think>\n<solution>{sql}</solution>",
 }
 WORDS = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|\w+(?:\.\d+)?|!=|>=|<=|<>|\|\||[^\w\s]")
 
@@ -76,5 +70,6 @@ def prompt(row: Row) -> str | list[dict[str, str]]:
 
 def answer(row: Row) -> str:
     """The gold query in the answer format of the row's template; plain answers have every word set off by one blank."""
-    sql = " ".join(WORDS.findall(row["sql"])) if row["template"] == "plain" else row["sql"].rstrip("; \n")
-    return WRAPPERS[row["template"]].format(sql=sql)
+    if row["template"] == "plain":
+        return " " + " ".join(WORDS.findall(row["sql"]))
+    return in_template(row["sql"].rstrip("; \n"), row["template"])

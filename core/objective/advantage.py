@@ -137,7 +137,7 @@ def _nanstd(values: Tensor, dim: int, ddof: int) -> Tensor:
     """Standard deviation that skips NaN, with divisor n - ddof, keepdim; NaN if n <= ddof. TRL's nanstd for ddof=1."""
     mean = torch.nanmean(values, dim=dim, keepdim=True)
     variance = torch.nanmean((values - mean) ** 2, dim=dim, keepdim=True)
-    count = (~values.isnan()).sum(dim=dim, keepdim=True)
+    count = (~values.isnan()).sum(dim=dim, keepdim=True).to(values.dtype)  # TRL's int / int is float32 even for float64
     correction = torch.where(count > ddof, count / (count - ddof), torch.nan)
     return torch.sqrt(variance * correction)
 

@@ -107,10 +107,10 @@ class Recipe:
         rows = rows.settled()
         if self.loss_fn is not None:
             return self.loss_fn(rows)
+        term, more = self.regularize(rows)  # first, as in TRL: gradients add up in this order, to the last bit
         per_decision, metrics = self.surrogate(rows)
         if rows.weight is not None:
             per_decision = per_decision * rows.weight
-        term, more = self.regularize(rows)
         if term is not None:
             per_decision = per_decision + term
         loss = self.reduce(per_decision, rows)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from core.objective.rows import Metrics, Rows
-from core.objective.surrogate import sequence_ratio, token_ratio
 
 Estimator = Literal["k1", "k2", "k3"]
 KLWeight = Literal["token", "sequence", "none"]
@@ -27,12 +26,11 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: Estimator = "k3") -
     (unbiased, >= 0).
     Source: Schulman 2020, "Approximating KL divergence"; k3 also arXiv 2402.03300, read in TRL 1.16's code.
     """
-    difference = ref_logps - logps
     if estimator == "k1":
-        return -difference
+        return logps - ref_logps
     if estimator == "k2":
-        return 0.5 * difference**2
-    return torch.exp(difference) - difference - 1
+        return 0.5 * (logps - ref_logps) ** 2
+    return torch.exp(ref_logps - logps) - (ref_logps - logps) - 1
 
 
 def kl_and_entropy(
@@ -50,12 +48,12 @@ def kl_and_entropy(
     if beta != 0.0:
         if rows.ref_logps is None:
             raise ValueError(f"beta={beta} needs the reference policy's ref_logps, and the trainer gave none")
+        # Before the estimate, as in TRL: gradients add up in the order of the graph, to the last bit.
+        ratio = rows.sequence_ratio if kl_weight == "sequence" else rows.token_ratio
         estimate = kl_estimate(rows.logps, rows.ref_logps, kl)
         metrics["kl"] = rows.masked_mean(estimate)
-        if kl_weight == "token":
-            estimate = estimate * token_ratio(rows.logps, rows.old_logps)
-        elif kl_weight == "sequence":
-            estimate = estimate * sequence_ratio(rows.logps, rows.old_logps, rows.loss_mask)
+        if kl_weight != "none":
+            estimate = estimate * ratio
         term = beta * estimate
     if entropy_coef != 0.0:
         if rows.entropy is None or (rows.logps.requires_grad and not rows.entropy.requires_grad):

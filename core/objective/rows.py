@@ -6,6 +6,7 @@ Everything a reduction needs to know about the rest of the update is in `Counts`
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -70,6 +71,25 @@ class Rows:
         """(B, 1) or (B, T): the advantage, ready to multiply (B, T)."""
         return self.advantage.unsqueeze(1) if self.advantage.dim() == 1 else self.advantage
 
+    @cached_property
+    def log_ratio(self) -> Tensor:
+        """(B, T): logps - old_logps."""
+        return self.logps - (self.logps.detach() if self.old_logps is None else self.old_logps)
+
+    @cached_property
+    def token_ratio(self) -> Tensor:
+        """(B, T): exp(log_ratio), one ratio per decision. Source: arXiv 2402.03300; read in TRL 1.16's code."""
+        return torch.exp(self.log_ratio)
+
+    @cached_property
+    def sequence_ratio(self) -> Tensor:
+        """(B, 1): the geometric mean of a row's token ratios over the mask; 1 for an empty row.
+
+        Source: arXiv 2507.18071; read in TRL 1.16's code (importance_sampling_level="sequence").
+        """
+        mask = self.loss_mask
+        return torch.exp(((self.log_ratio * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).unsqueeze(-1))
+
     def settled(self) -> Rows:
         """The same rows with `old_logps` filled in and zeros where no loss is carried.
 
@@ -91,12 +111,12 @@ class Rows:
         )
 
     def masked_mean(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """(sum, count) of (B, T) values over decisions with loss, or of (B, 1) values over kept rows; detached."""
+        """(sum, count), float32, detached: of (B, T) values over decisions with loss, of (B, 1) over kept rows."""
         if values.shape[1] == 1:
             weight = torch.ones_like(values) if self.keep is None else self.keep.unsqueeze(1)
         else:
             weight = self.loss_mask
-        return (values.detach() * weight).sum(), weight.sum().to(torch.float32)
+        return (values.detach() * weight).sum().float(), weight.sum().float()
 
 
 @dataclass

@@ -14,20 +14,6 @@ from torch import Tensor
 from core.objective.rows import Metrics, Rows
 
 
-def token_ratio(logps: Tensor, old_logps: Tensor) -> Tensor:
-    """exp(logps - old_logps), (B, T): one ratio per decision. Source: arXiv 2402.03300; read in TRL 1.16's code."""
-    return torch.exp(logps - old_logps)
-
-
-def sequence_ratio(logps: Tensor, old_logps: Tensor, mask: Tensor) -> Tensor:
-    """exp of the masked mean of logps - old_logps, (B, 1): the geometric mean of a row's ratios; 1 for an empty row.
-
-    Source: arXiv 2507.18071; read in TRL 1.16's code (importance_sampling_level="sequence").
-    """
-    log_ratio = ((logps - old_logps) * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)
-    return torch.exp(log_ratio.unsqueeze(-1))
-
-
 def clip_loss(
     ratio: Tensor, advantage: Tensor, epsilon_low: float, epsilon_high: float | None = None, delta: float | None = None
 ) -> Tensor:
@@ -58,21 +44,19 @@ def clipped_token_ratio(
     rows: Rows, *, epsilon_low: float = 0.2, epsilon_high: float | None = None, delta: float | None = None
 ) -> tuple[Tensor, Metrics]:
     """`clip_loss` of the token ratio. Returns (B, T) and metrics."""
-    return _clipped(rows, token_ratio(rows.logps, rows.old_logps), epsilon_low, epsilon_high, delta)
+    return _clipped(rows, rows.token_ratio, epsilon_low, epsilon_high, delta)
 
 
 def clipped_sequence_ratio(
     rows: Rows, *, epsilon_low: float = 0.2, epsilon_high: float | None = None, delta: float | None = None
 ) -> tuple[Tensor, Metrics]:
     """`clip_loss` of the sequence ratio; needs whole rollouts. Returns (B, 1), or (B, T) as the advantage; metrics."""
-    ratio = sequence_ratio(rows.logps, rows.old_logps, rows.loss_mask)
-    return _clipped(rows, ratio, epsilon_low, epsilon_high, delta)
+    return _clipped(rows, rows.sequence_ratio, epsilon_low, epsilon_high, delta)
 
 
 def capped_token_ratio(rows: Rows, *, epsilon_high: float = 5.0) -> tuple[Tensor, Metrics]:
     """`cap_loss` of the token ratio; epsilon_high is the cap itself, as in TRL. Returns (B, T) and metrics."""
-    ratio = token_ratio(rows.logps, rows.old_logps)
-    metrics = _ratio_metrics(rows, ratio)
+    ratio, metrics = rows.token_ratio, _ratio_metrics(rows, rows.token_ratio)
     metrics["clip_high"] = rows.masked_mean(((ratio > epsilon_high) & (rows.advantages > 0)).float())
     return cap_loss(ratio, rows.advantages, rows.logps, epsilon_high), metrics
 

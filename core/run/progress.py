@@ -2,32 +2,35 @@
 
 Model output is hostile to terminals: escape sequences move the cursor or rewrite the title, NUL and bidirectional
 controls hide text, `[red]` is markup to rich, and a megabyte floods the screen. Everything shown here passes
-`safe_text`; callers hand over raw text. `clean_text` is the part without markup escaping, for the report.
+`clean_text` and is printed as plain text, never as markup; callers hand over raw text.
 
 Not covered: look-alike letters, and zero-width joiners, which real scripts need.
 """
 
 import math
 import re
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Self
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 SEQUENCES = re.compile(  # OSC and its relatives with their text if they end, CSI, two-character escapes; linear time
     r"(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x80-\x9f]*(?:\x07|\x1b\\|\x9c)"
     r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?|\x1b[ -/]*[0-~]?"
 )
 CONTROLS = re.compile(
-    "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufff9-\uffff\U000e0000-\U000e007f]"
+    "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufff9-\ufffb\ufffe\uffff\U000e0000-\U000e007f]"
 )
 SURROGATES = re.compile("[\ud800-\udfff]")
 LINE_EVERY_S = 5.0
+PLAIN_WIDTH = 120  # of tables in a file or a pipe
 
 
 def clean_text(text: object, limit: int = 2000) -> str:
@@ -41,11 +44,6 @@ def clean_text(text: object, limit: int = 2000) -> str:
     return head if len(text) <= limit else f"{head} … ({len(text) - limit:,} of {len(text):,} characters cut)"
 
 
-def safe_text(text: object, limit: int = 2000) -> str:
-    """`clean_text` with rich markup escaped: the text can be printed as it is by any rich console."""
-    return escape(clean_text(text, limit))
-
-
 class Progress:
     """Shows the steps of a run. Use as a context manager; all text is taken raw and made safe here.
 
@@ -54,10 +52,9 @@ class Progress:
 
     def __init__(self, total: int, title: str, console: Console | None = None, metric: str | None = None):
         self.total, self.title, self.metric = total, title, metric
-        self.console = console or Console(highlight=False, emoji=False)
+        self.console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
         self._phase = ""
         self._live: Live | None = None
-        self._evaluated = math.nan
         self._restart()
 
     def __enter__(self) -> Self:
@@ -78,13 +75,13 @@ class Progress:
         self._phase = name
         self.total = total if total is not None else self.total
         self._restart()
-        self._say(f"[bold]{safe_text(name)}[/bold]")
+        self._say(_plain(name, "bold"))
 
     def note(self, text: object) -> None:
-        self._say(safe_text(text))
+        self._say(_plain(text))
 
     def warn(self, text: object) -> None:
-        self._say(f"[yellow]warning:[/yellow] {safe_text(text)}")
+        self._say(Text("warning: ", "yellow") + _plain(text))
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show a step (counted from 1). Missing metrics are left out; the last evaluation stays in sight."""
@@ -94,38 +91,39 @@ class Progress:
         elif "step_s" in metrics:
             self._pace.append(float(metrics["step_s"]))
         self._at = (step, now)
-        name = self.metric or next((k[5:] for k in metrics if k.startswith("eval/") and k.count("/") == 1), None)
-        if name is not None and f"eval/{name}" in metrics:
-            self.metric, self._evaluated = name, float(metrics[f"eval/{name}"])
-        cells = self._cells(step, metrics)
+        self._last |= metrics
+        evaluated = [k[5:] for k in metrics if k.startswith("eval/") and k.count("/") == 1]
+        self.metric = self.metric or next(iter(evaluated), None)
+        cells = self._cells(step, self._last)
+        due = evaluated or step >= self.total or step % self._every == 0 or now - self._said >= LINE_EVERY_S
         if self.console.is_terminal and not self.console.is_dumb_terminal:
-            if (
-                self._live is None
-            ):  # no refresh thread: a thread of ours must not run while rewards fork and models compile
-                self._live = Live(console=self.console, auto_refresh=False)
+            if self._live is None:
+                self._live = Live(console=self.console, auto_refresh=False)  # no thread beside forks and compilers
                 self._live.start()
             self._live.update(self._live_table(cells), refresh=True)
-        elif step >= self.total or step % self._every == 0 or now - self._said >= LINE_EVERY_S:
+        elif due:
             self._said = now
-            self._say("  ".join(f"{safe_text(k)} {v}" for k, v in cells.items()))
+            self._say(_plain("  ".join(f"{name} {value}" for name, value in cells.items())))
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """Print a table; the first column is aligned left, the others right."""
-        table = Table(title=safe_text(title), title_justify="left")
+        """Print a table below all that was shown; the first column is aligned left, the others right."""
+        self.close()
+        table = Table(title=_plain(title), title_justify="left")
         for i, column in enumerate(columns):
-            table.add_column(safe_text(column), justify="right" if i else "left", overflow="fold")
+            table.add_column(_plain(column), justify="right" if i else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(safe_text(cell) for cell in row))
+            table.add_row(*map(_plain, row))
         self._say(table)
 
     def _restart(self) -> None:
         self._at: tuple[int, float] | None = None
         self._pace: deque[float] = deque(maxlen=20)
+        self._last: dict[str, float] = {}
         self._said = -math.inf
-        self._every = max(1, self.total // 20)
+        self._every = max(1, math.ceil(self.total / 20))
 
-    def _say(self, what: object) -> None:
-        self.console.print(what, soft_wrap=isinstance(what, str), emoji=False, highlight=False)
+    def _say(self, what: Text | Table) -> None:
+        self.console.print(what, soft_wrap=isinstance(what, Text))
 
     def _cells(self, step: int, metrics: Mapping[str, float]) -> dict[str, str]:
         pace = sum(self._pace) / len(self._pace) if self._pace else math.nan
@@ -133,7 +131,7 @@ class Progress:
         cells = {
             "step": f"{step}/{self.total}",
             "reward": _with_spread(metrics.get("reward", math.nan), metrics.get("reward_std", math.nan)),
-            self.metric or "metric": _number(self._evaluated),
+            self.metric or "metric": _number(metrics.get(f"eval/{self.metric}", math.nan)),
             "spread": "" if math.isnan(spread) else f"{spread:.0%}",
             "length": _number(metrics.get("completion_length", math.nan), 0),
             "loss": _number(metrics.get("loss", math.nan), 4),
@@ -143,11 +141,10 @@ class Progress:
         return {k: v for k, v in cells.items() if v}
 
     def _live_table(self, cells: Mapping[str, str]) -> Table:
-        table = Table(
-            title=safe_text(f"{self.title} · {self._phase}" if self._phase else self.title), title_justify="left"
-        )
+        title = f"{self.title} · {self._phase}" if self._phase else self.title
+        table = Table(title=_plain(title), title_justify="left", box=box.SIMPLE)
         for name in cells:
-            table.add_column(safe_text(name), justify="right")
+            table.add_column(_plain(name), justify="right")
         table.add_row(*cells.values())
         return table
 
@@ -160,6 +157,10 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _plain(text: object, style: str = "") -> Text:
+    return Text(clean_text(text), style)
 
 
 def _number(value: float, digits: int = 3) -> str:

@@ -48,13 +48,12 @@ def write_report(folder: RunFolder | str | os.PathLike, summary: Mapping[str, An
     metric}]; `batch` the derived batch line; `command`;
     `samples` [{question, gold, before, after, before_ok, after_ok}].
     """
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment
     from markupsafe import Markup
 
     run = folder if isinstance(folder, RunFolder) else RunFolder(folder)
     environment = Environment(
         autoescape=True,
-        undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         finalize=lambda v: v if not isinstance(v, str) or isinstance(v, Markup) else clean_text(v, VALUE_LIMIT),
@@ -62,6 +61,7 @@ def write_report(folder: RunFolder | str | os.PathLike, summary: Mapping[str, An
     environment.filters |= {
         "num": number,
         "signed": lambda v: number(v, sign="+"),
+        "interval": interval,
         "cut": lambda text: clean_text(text, TEXT_LIMIT),
         "duration": duration,
     }
@@ -98,6 +98,12 @@ def number(value: Any, sign: str = "") -> str:
     return clean_text(value, 200)
 
 
+def interval(row: Mapping[str, Any]) -> str:
+    if not (_known(row["lo"]) and _known(row["hi"])):
+        return "–"
+    return f"[{number(row['lo'], '+')}, {number(row['hi'], '+')}]"
+
+
 # -------------------------------------------------------------------- result
 
 
@@ -110,8 +116,12 @@ def _result_rows(summary: Mapping, extra: Mapping) -> list[dict]:
         change = after - before if _known(before) and _known(after) else None
         name = summary.get("metric", "metric")
         rows.append({"name": name, "before": before, "after": after, "change": change, "lo": lo, "hi": hi})
-    empty = dict.fromkeys(("before", "after", "change", "lo", "hi"))
-    rows += [{**empty, **row} for row in extra.get("table") or []]
+    columns = ("name", "before", "after", "change", "lo", "hi")
+    rows += [
+        {k: row.get(k) for k in columns}
+        for row in extra.get("table") or []
+        if not rows or row["name"] != rows[0]["name"]
+    ]
     sign = -1 if summary.get("better") == "lower" else 1
     for i, row in enumerate(rows):
         bounds = sorted(sign * b for b in (row["lo"], row["hi"]) if _known(b))

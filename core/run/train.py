@@ -28,7 +28,6 @@ from core.app import App, Row
 from core.config import Batch, Config, ConfigError, batch
 from core.objective import recipes
 from core.policy import language, tiny
-from core.policy.language import Sampling, complete
 from core.run import evaluate as ev
 from core.run.export import export_model, write_card
 from core.run.folder import RunFolder
@@ -255,67 +254,48 @@ def start(app, config: Config, data: Split, folder: RunFolder, judge: ev.Judge, 
 def build_start(app, config: Config, data: Split, cache: Path, judge: ev.Judge, progress: Progress) -> None:
     """Train the warm start and write it to `cache`, whole or not at all."""
     warmup, seed, began = config.warmup, config.run.seed, time.monotonic()
-    gold = app.demonstrations(data.train)
+    rows = data.train[: warmup.rows]
+    labels = app.demonstrations(rows, seed) if warmup.labels == "demonstrations" else [app.gold(row) for row in rows]
     if config.model.path == "tiny":
-        texts = [row["prompt"] if isinstance(row["prompt"], str) else str(row["prompt"]) for row in data.train]
-        tokenizer = tiny.build_tokenizer([p + g for p, g in zip(texts, gold, strict=True)], config.model.vocabulary)
+        texts = [json.dumps(row["prompt"]) if isinstance(row["prompt"], list) else row["prompt"] for row in rows]
+        tokenizer = tiny.build_tokenizer([p + a for p, a in zip(texts, labels, strict=True)], config.model.vocabulary)
         shape = {"width": config.model.width, "layers": config.model.layers, "heads": config.model.heads}
-        fresh = lambda offset: tiny.build_model(tokenizer, **shape, seed=seed + offset)  # noqa: E731
+        model = tiny.build_model(tokenizer, **shape, seed=seed)
     else:
-        tokenizer = language.load(config.model)[1]
-        fresh = lambda offset: language.load(config.model)[0]  # noqa: E731
-    rows = data.train[: warmup.rows or len(data.train)]
-    labels = gold[: len(rows)]
-    common = {"batch_size": warmup.batch_size, "lr": warmup.lr, "seed": seed, "output": cache.parent / "sft"}
-    facts: dict[str, Any] = {"labels": warmup.labels, "rows": len(rows)}
-    if warmup.labels == "silver":
-        progress.phase("weak teacher", warmup.teacher_steps)
-        taught = slice(0, warmup.teacher_rows)
-        teacher = imitate(
-            fresh(1),
-            tokenizer,
-            [r["prompt"] for r in data.train[taught]],
-            gold[taught],
-            steps=warmup.teacher_steps,
-            on_log=progress.update,
-            **common,
-        )
-        labels, _ = complete(
-            teacher,
-            tokenizer,
-            [row["prompt"] for row in rows],
-            Sampling(
-                config.rollout.max_completion_length,
-                warmup.teacher_temperature,
-                batch_size=config.evaluate.batch_size,
-                seed=seed,
-            ),
-        )
-        scores, _ = ev.grade(judge, rows, labels)
-        facts["label_accuracy"] = float(np.nanmean(next(iter(scores.values()))))
-        progress.note(f"silver labels: {len(rows)}, of which {facts['label_accuracy']:.1%} are right; none is filtered")
-    curve: list[dict[str, Any]] = []
-    student = fresh(0)
-    progress.phase("warm start", warmup.steps)
+        model, tokenizer = language.load(config.model)
+    scores, _ = ev.grade(judge, rows, labels)
     headline = next(iter(app.metrics))
+    facts = {"labels": warmup.labels, "rows": len(rows), "label_accuracy": float(np.nanmean(scores[headline]))}
+    progress.note(f"demonstrations: {len(rows)}, of which {facts['label_accuracy']:.1%} are right; none is filtered")
+    progress.phase("warm start", warmup.steps)
+    curve: list[dict[str, Any]] = []
 
     def on_log(step: int, metrics: dict[str, Any]) -> None:
         point = {"step": step, "loss": metrics["loss"]}
-        if data.validation and step >= warmup.steps // 2 and (len(curve) % 2 or step == warmup.steps):
-            point["metric"] = ev.evaluate(student, tokenizer, judge, data.validation, config).mean(headline)
+        if data.validation and (len(curve) % 4 == 3 or step == warmup.steps):
+            point["metric"] = ev.evaluate(model, tokenizer, judge, data.validation, config).mean(headline)
         curve.append(point)
-        progress.update(step, metrics)
+        progress.update(step, metrics | ({f"eval/{headline}": point["metric"]} if "metric" in point else {}))
 
-    imitate(student, tokenizer, [row["prompt"] for row in rows], labels, steps=warmup.steps, on_log=on_log, **common)
+    imitate(
+        model,
+        tokenizer,
+        [row["prompt"] for row in rows],
+        labels,
+        steps=warmup.steps,
+        batch_size=warmup.batch_size,
+        lr=warmup.lr,
+        prompt_loss=warmup.prompt_loss,
+        seed=seed,
+        output=cache.parent / "sft",
+        on_log=on_log,
+    )
     part = cache.with_name(f".{cache.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    student.save_pretrained(part)
+    model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     facts |= {"curve": curve, "seconds": round(time.monotonic() - began, 2)}
     (part / "warmup.json").write_text(json.dumps(facts))
-    (part / "demonstrations.json").write_text(
-        json.dumps([{"id": r["id"], "completion": c} for r, c in zip(rows, labels, strict=True)])
-    )
     shutil.rmtree(cache, ignore_errors=True)
     part.rename(cache)
 
@@ -507,38 +487,22 @@ def summarise(
 ) -> dict[str, Any]:
     """summary.json: see the run folder in CONTRIBUTING.md."""
     rows, headline = data.test, setup.headline
-    table = []
-    for label, a, b in (
-        *((name, before.scores[name], after.scores[name]) for name in before.scores),
-        *((f"{name}, sampled", before.sampled[name], after.sampled[name]) for name in before.sampled),
-        *((f"reward {name}", before.rewards[name], after.rewards[name]) for name in before.rewards),
-    ):
-        diff, lo, hi = ev.change(app, rows, a, b)
-        table.append(
-            {
-                "name": label,
-                "before": float(np.nanmean(a)),
-                "after": float(np.nanmean(b)),
-                "change": diff,
-                "lo": lo,
-                "hi": hi,
-            }
-        )
-    for part in sorted({str(row["part"]) for row in rows if row.get("part")}):
-        chosen = [i for i, row in enumerate(rows) if str(row.get("part")) == part]
-        diff, lo, hi = ev.change(
-            app, [rows[i] for i in chosen], before.scores[headline][chosen], after.scores[headline][chosen]
-        )
-        table.append(
-            {
-                "name": f"{headline}, {part} ({len(chosen)} rows)",
-                "before": float(np.nanmean(before.scores[headline][chosen])),
-                "after": float(np.nanmean(after.scores[headline][chosen])),
-                "change": diff,
-                "lo": lo,
-                "hi": hi,
-            }
-        )
+    table: list[dict[str, Any]] = []
+
+    def add(name: str, a: np.ndarray, b: np.ndarray, items: Sequence[Row] = rows) -> None:
+        diff, lo, hi = ev.change(app, items, a, b)
+        table.append({"name": name, "before": float(np.nanmean(a)), "after": float(np.nanmean(b)), "change": diff, "lo": lo, "hi": hi})
+
+    for name in before.scores:
+        add(name, before.scores[name], after.scores[name])
+    for name in before.sampled:
+        add(f"{name}, sampled", before.sampled[name], after.sampled[name])
+    for name in before.rewards:
+        add(f"reward {name}", before.rewards[name], after.rewards[name])
+    parts = [app.part(row) if app.part else "" for row in rows]
+    for name in sorted(set(parts) - {""}):
+        chosen = [i for i, part in enumerate(parts) if part == name]
+        add(f"{headline}: {name} ({len(chosen)} rows)", before.scores[headline][chosen], after.scores[headline][chosen], [rows[i] for i in chosen])
     steps = [line for line in folder.read_metrics() if "zero_spread" in line]
     if steps:
         edge = max(1, len(steps) // 10)

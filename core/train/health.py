@@ -138,8 +138,8 @@ class Health:
         found = {}
         if self.nonfinite:
             found["nonfinite"] = (
-                f"loss or gradient norm was not finite at {len(self.nonfinite)} steps, first at step "
-                f"{self.nonfinite[0]}: lower the learning rate, or compute in float32 or bfloat16 instead of float16"
+                f"loss or gradient norm was not finite at {len(self.nonfinite)} of the steps, first at "
+                f"step {self.nonfinite[0]}: lower the learning rate, or compute in bfloat16 or float32, not in float16"
             )
         if self.updates_per_batch == 1 and self.worst_ratio is not None and self.worst_ratio[1] > RATIO_TOLERANCE:
             step, deviation = self.worst_ratio

@@ -31,6 +31,7 @@ from core.scoring import Scorer
 
 # What a recipe may ask for in `needs`; anything else is refused at construction.
 PROVIDES = frozenset({"whole_rollouts"})
+EXTRA = "extra/"  # prefix of a recipe's own row tensors among TRL's
 MULTIMODAL = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
     "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
@@ -74,6 +75,8 @@ def arguments(config: Config, batch: Batch, recipe: Recipe, output: Path) -> GRP
         "disable_tqdm": True,
         "remove_unused_columns": False,
     }
+    if recipe.options.get("entropy_coef") and config.trainer.get("entropy_coef"):
+        raise ConfigError("objective.entropy_coef and trainer.entropy_coef would both add an entropy bonus; keep the first")
     known = GRPOConfig.__dataclass_fields__
     for name in config.trainer:
         if name not in known:
@@ -158,12 +161,15 @@ class LanguageTrainer(GRPOTrainer):
         credit = self.recipe.credit(self._group(output))
         advantage, keep = credit.advantage, credit.keep
         if self.control == "shuffled_advantages":
-            order = torch.randperm(len(advantage), generator=self._control_generator()).to(advantage.device)
-            advantage = advantage[order]
+            kept = keep.nonzero().squeeze(1)
+            order = torch.randperm(len(kept), generator=self._control_generator()).to(kept.device)
+            advantage = advantage.index_copy(0, kept, advantage[kept[order]])
         rank, local = self.accelerator.process_index, len(inputs)
         mine = slice(rank * local, (rank + 1) * local)
+        own = advantage[mine] if advantage.dim() == 1 else advantage[mine, : output["completion_ids"].size(1)]
         group_id = torch.arange(len(keep), device=keep.device) // self.num_generations
-        output |= {"advantages": advantage[mine], "keep": keep[mine], "group_id": group_id[mine], **credit.extras}
+        output |= {"advantages": own, "keep": keep[mine], "group_id": group_id[mine]}
+        output |= {f"{EXTRA}{name}": value[mine] for name, value in credit.extras.items()}
         for name, value in credit.metrics.items():
             self._metrics["train"][name].append(float(value))
         if self.on_rollouts and self.accelerator.is_main_process:
@@ -232,7 +238,8 @@ class LanguageTrainer(GRPOTrainer):
                 group_id=inputs.get("group_id"),
                 entropy=entropy,
                 weight=weight,
-                counts=self._counts(),
+                counts=self._counts(inputs, mask),
+                extras={name.removeprefix(EXTRA): value for name, value in inputs.items() if name.startswith(EXTRA)},
             )
         )
         mode = "train" if self.model.training else "eval"
@@ -270,13 +277,15 @@ class LanguageTrainer(GRPOTrainer):
             weight = ratio if weight is None else weight * ratio
         return weight, entropy_mask
 
-    def _counts(self) -> Counts:
+    def _counts(self, inputs, mask) -> Counts:
         """Kept rows and kept tokens of the whole update: every micro-batch of the accumulation window, every rank."""
-        accumulation = self.current_gradient_accumulation_steps
-        start = self._step % self.args.steps_per_generation // accumulation * accumulation
-        window = self._buffered_inputs[start : start + accumulation]
-        rows = sum(part["keep"].sum() for part in window)
-        tokens = sum((_loss_mask(part) * part["keep"].unsqueeze(1)).sum() for part in window)
+        window = [inputs]
+        if self.model.training:
+            size = self.current_gradient_accumulation_steps
+            start = self._step % self.args.steps_per_generation // size * size
+            window = self._buffered_inputs[start : start + size]
+        rows = sum(part["keep"].sum() for part in window) if "keep" in inputs else torch.tensor(len(mask), device=mask.device)
+        tokens = sum((_loss_mask(part) * part["keep"].unsqueeze(1)).sum() for part in window) if "keep" in inputs else mask.sum()
         rows, tokens = self.accelerator.reduce(torch.stack([rows.float(), tokens.float()]), reduction="sum").tolist()
         return Counts(rows=rows, tokens=tokens, max_length=self.max_completion_length)
 

@@ -1,8 +1,7 @@
 """The supervised start: imitation of demonstrations through TRL's SFTTrainer, cached by a hash of all that it depends on.
 
-Labels are "gold" (the app's demonstrations) or "silver": a weak teacher of the same size is trained on few gold
-demonstrations, writes answers to many prompts, and the policy imitates all of them, right or wrong. A silver start has the
-teacher's own mistakes; that is what reinforcement has to mend, and it needs no made-up noise.
+What is imitated is gold, or what the app's annotator would have written, mistakes included (`App.demonstrations`): a start
+at its own plateau has the faults of its data, and more of the same data does not mend them.
 """
 
 from __future__ import annotations
@@ -37,8 +36,9 @@ def imitate(
     output: Path,
     on_log: Callable[[int, dict[str, Any]], None] | None = None,
     seconds: float | None = None,
+    prompt_loss: bool = False,
 ) -> PreTrainedModel:
-    """Train `model` in place to complete each prompt with its completion; the loss is on the completion only.
+    """Train `model` in place to complete each prompt with its completion; the loss is on the completion, and on the prompt too if `prompt_loss`.
 
     steps: optimizer steps (cosine schedule, 5 % warm-up); seconds: if given, stop after this wall time at constant rate.
     """
@@ -63,6 +63,8 @@ def imitate(
         seed=seed,
         data_seed=seed,
         max_length=None,
+        completion_only_loss=not prompt_loss,
+        train_sampling_strategy="group_by_length",
         logging_steps=max(1, steps // 20),
         save_strategy="no",
         report_to="none",

@@ -38,7 +38,7 @@ def write(
     dev_databases: int = 36,
     train_questions: int = 125,
     dev_questions: int = 20,
-    dev_held_out: int = 5,
+    dev_held_out: int = 3,
 ) -> None:
     """Writes the folder, whole or not at all (a temporary folder beside it is renamed).
 

@@ -548,13 +548,13 @@ def count_in_subquery(d: Draw):
 
 # How often each is drawn, in relation to the others. The first block (one simple clause) makes about 70 %.
 TEMPLATES: dict[Callable, float] = {
-    project: 5, project_two: 5, filter_equal: 8, filter_compare: 10, filter_two: 5, filter_not: 2, filter_between: 2,
-    filter_null: 2, filter_like: 1.5, distinct: 3, count: 1, count_filter: 6, count_distinct: 2, aggregate: 5,
-    aggregate_filter: 6, order: 5, top_one: 6, top_some: 4, group_count: 4,
-    filter_and: 3, filter_or: 2, distinct_filter: 2, aggregate_two: 1, group_aggregate: 2.5, group_having: 2,
-    group_top: 1.5, above_average: 2, intersect: 1.5, union: 1.5, difference: 1.5, join_two: 3, join_filter: 4,
-    join_filter_child: 2, join_count_filter: 2, join_group_count: 1.5, in_subquery: 2, in_any: 1, not_in: 1.5,
-    not_in_filter: 1,
+    project: 8, project_two: 6, filter_equal: 10, filter_compare: 14, filter_two: 3, filter_not: 1, filter_between: 1,
+    filter_null: 1, filter_like: 1, distinct: 4, count: 2, count_filter: 8, count_distinct: 2, aggregate: 8,
+    aggregate_filter: 7, order: 7, top_one: 8, top_some: 4, group_count: 4,
+    filter_and: 2, filter_or: 1, distinct_filter: 1, aggregate_two: 1, group_aggregate: 2, group_having: 1,
+    group_top: 1, above_average: 1, intersect: 0.5, union: 0.5, difference: 0.5, join_two: 2, join_filter: 2,
+    join_filter_child: 1, join_count_filter: 1, join_group_count: 1, in_subquery: 1, in_any: 0.5, not_in: 0.5,
+    not_in_filter: 0.5,
 }  # fmt: skip
 HELD_OUT: tuple[Callable, ...] = (
     order_two, top_some_filter, count_distinct_filter, group_count_filter, count_above_average, join_aggregate_filter,

@@ -192,7 +192,7 @@ def _session(database: str) -> "_Session":
     if session is None or session.stamp != stamp:
         _close(database)
         session = sessions[database] = _Session(database, stamp)
-        if len(sessions) > OPEN_DATABASES:
+        while len(sessions) > OPEN_DATABASES:
             sessions.popitem(last=False)[1].connection.close()
     sessions.move_to_end(database)
     return session

@@ -4,6 +4,7 @@ Each also must leave the database file and its folder as they were; the tests ha
 attacks but the other half of the same promise: gold in the row's own format must reach 1.
 """
 
+import re
 from collections.abc import Mapping
 
 from rewards.canaries import Canary, generic
@@ -82,15 +83,19 @@ ATTACKS = {
     "integer_overflow": "SELECT abs(-9223372036854775808)",
     # answers that pretend
     "constant": "SELECT 'canary'",
-    "no_rows": "SELECT 'canary' WHERE 0",
 }
 
 
-def _on_a_table(attack: str):
+def _on_gold_table(attack: str):
     def completion(row: Mapping) -> str:
-        return attack.replace("{t}", str(row.get("table", "t")))
+        read = re.search(r"\bfrom\s+(\w+|\"[^\"]+\"|`[^`]+`|\[[^\]]+\])", row["sql"], re.IGNORECASE)
+        return attack.replace("{t}", read.group(1) if read else "t")
 
     return completion
+
+
+def _gold(row: Mapping) -> str:
+    return in_template(row["sql"], row.get("template", "plain"))
 
 
 WRAPPED = {
@@ -105,30 +110,13 @@ WRAPPED = {
     "two_wrappers": lambda row: f"<answer>{row['sql']}</answer><solution>{row['sql']}</solution>",
 }
 
+IN_COMMENT = ("gold_in_comment", "gold_in_line_comment")
 CANARIES = [
-    Canary(
-        "gold",
-        lambda row: in_template(row["sql"], row.get("template", "plain")),
-        "execution_match",
-        at_least=1.0,
-        at_most=1.0,
-    ),
-    Canary(
-        "gold_format",
-        lambda row: in_template(row["sql"], row.get("template", "plain")),
-        "format_ok",
-        at_least=1.0,
-        at_most=1.0,
-    ),
+    Canary("gold", _gold, "execution_match", at_least=1.0, at_most=1.0),
+    Canary("gold_format", _gold, "format_ok", at_least=1.0, at_most=1.0),
     *generic("execution_match"),
-    *(Canary(name, _on_a_table(attack), "execution_match") for name, attack in ATTACKS.items()),
+    *(Canary(name, _on_gold_table(attack), "execution_match") for name, attack in ATTACKS.items()),
     *(Canary(name, completion, "execution_match") for name, completion in WRAPPED.items()),
-    *(
-        Canary(name, WRAPPED[name], "schema_overlap")
-        for name in ("gold_in_comment", "gold_in_line_comment", "gold_in_literal")
-    ),
-    *(
-        Canary(name, WRAPPED[name], "ngram_overlap", at_most=0.3)
-        for name in ("gold_in_comment", "gold_in_line_comment")
-    ),
+    *(Canary(name, WRAPPED[name], "schema_overlap") for name in (*IN_COMMENT, "gold_in_literal")),
+    *(Canary(name, WRAPPED[name], "ngram_overlap", at_most=0.3) for name in IN_COMMENT),
 ]

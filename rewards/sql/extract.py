@@ -21,7 +21,7 @@ TEMPLATES = {  # name: the tags in order, the last holds the answer
 ANSWER_TAGS = ("answer", "solution")
 SQL_LANGUAGES = ("sql", "sqlite")
 QUERY_WORD = re.compile(r"(?:select|with|values)\b", re.IGNORECASE)
-STATEMENT_WORD = re.compile(rf"(?:select|with|values|{'|'.join(sorted(OTHER_STATEMENTS))})\b", re.IGNORECASE)
+STATEMENT_WORD = re.compile(rf"(?:select|values|{'|'.join(sorted(OTHER_STATEMENTS))})\b", re.IGNORECASE)
 QUERY_START = re.compile(  # "with" is an English word: it starts a query only before `name AS (`
     r"\bselect\b|\bwith\s+(?:recursive\s+)?[\w\"`\[\]]+\s*(?:\([^()]*\)\s*)?as\s*(?:not\s+)?(?:materialized\s*)?\(",
     re.IGNORECASE,
@@ -47,7 +47,9 @@ def extract_sql(completion: str, strict: bool = False) -> str | None:
         sql = answers[0]
     elif strict:
         return None
-    elif STATEMENT_WORD.match(completion, BLANK_OR_COMMENT.match(completion).end()):
+    elif any(
+        start.match(completion, BLANK_OR_COMMENT.match(completion).end()) for start in (STATEMENT_WORD, QUERY_START)
+    ):
         sql = completion  # also EXPLAIN SELECT and CREATE TABLE t AS SELECT: the SELECT in them is not the answer
     else:
         start = QUERY_START.search(completion)

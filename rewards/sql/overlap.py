@@ -11,7 +11,7 @@ from functools import lru_cache
 from rewards.sandbox.sqlite import DatabaseUnavailable, file_stamp
 from rewards.score import FAILED, Score
 from rewards.sql.extract import extract_sql
-from rewards.sql.parse import Names, columns_of, parse
+from rewards.sql.parse import names_of
 from rewards.sql.tokens import tokens
 from rewards.text import ngram_jaccard
 
@@ -46,10 +46,9 @@ def schema_items(sql: str, stamp: tuple) -> frozenset[str] | None:
 
     A name that no table of the file has still counts (as "?.name"), so that inventing columns costs.
     """
-    tree = parse(sql)
-    if tree is None:
+    names = names_of(sql, stamp)
+    if names is None:
         return None
-    names = Names(tree, columns_of(stamp))
     exp, items = names.exp, set()
 
     def use(name: str, source) -> None:
@@ -58,7 +57,8 @@ def schema_items(sql: str, stamp: tuple) -> frozenset[str] | None:
 
     for scope in names.scopes:
         items.update(source for source in names.sources(scope).values() if isinstance(source, str))
-        aliases = {name.lower() for name in scope.expression.named_selects}
+        selects, of_set = scope.expression.selects, isinstance(scope.expression, exp.SetOperation)
+        aliases = {select.alias_or_name.lower() for select in selects if of_set or isinstance(select, exp.Alias)}
         for column in scope.find_all(exp.Column):
             if isinstance(column.this, exp.Star):
                 continue

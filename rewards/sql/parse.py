@@ -46,6 +46,17 @@ def columns_of(stamp: tuple) -> dict[str, tuple[str, ...]]:
     }
 
 
+def names_of(sql: str, stamp: tuple) -> "Names | None":
+    """The names of a query on the file with this stamp; None if it does not parse or names two sources alike."""
+    tree = parse(sql)
+    if tree is None:
+        return None
+    try:
+        return Names(tree, columns_of(stamp))
+    except (sqlglot_module().errors.SqlglotError, RecursionError):
+        return None
+
+
 class Names:
     """The scopes of one query and what each name in them stands for."""
 
@@ -55,13 +66,17 @@ class Names:
 
         self.exp, self.tables = exp, tables
         self.scopes = traverse_scope(tree)
+        self._sources = {
+            id(scope): {
+                alias.lower(): source.name.lower() if isinstance(source, exp.Table) else source
+                for alias, (_, source) in scope.selected_sources.items()
+            }
+            for scope in self.scopes
+        }
 
     def sources(self, scope) -> dict[str, object]:
         """{alias: base table name (str) or inner Scope} of the FROM clause, in order, lower case."""
-        return {
-            alias.lower(): source.name.lower() if isinstance(source, self.exp.Table) else source
-            for alias, (_, source) in scope.selected_sources.items()
-        }
+        return self._sources[id(scope)]
 
     def outputs(self, source) -> tuple[str, ...]:
         """Column names, lower case, of a base table or of an inner query."""

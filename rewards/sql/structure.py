@@ -14,7 +14,7 @@ from rewards.sandbox.sqlite import DatabaseUnavailable, file_stamp
 from rewards.score import FAILED, Score
 from rewards.sql.execution import execution_match
 from rewards.sql.extract import extract_sql
-from rewards.sql.parse import Names, columns_of, parse
+from rewards.sql.parse import Names, names_of
 
 ITEMS = ("tables", "joins", "filters", "aggregation", "projection")
 
@@ -51,10 +51,10 @@ def structure_match_if_wrong(completion: str, *, sql: str, database: str) -> Sco
 @lru_cache(maxsize=8192)
 def structure(sql: str, stamp: tuple) -> tuple | None:
     """The five items, each a sorted tuple with one entry per SELECT (each entry a tuple); None if it does not parse."""
-    tree = parse(sql)
-    if tree is None:
+    names = names_of(sql, stamp)
+    if names is None:
         return None
-    reader = _Reader(Names(tree, columns_of(stamp)))
+    reader = _Reader(names)
     selects = [reader.select(scope) for scope in reader.names.scopes if isinstance(scope.expression, reader.exp.Select)]
     items = [sorted(item, key=repr) for item in zip(*selects, strict=True)]
     for scope in reader.names.scopes:
@@ -90,7 +90,7 @@ class _Reader:
             (joins if across else filters).append(self.text(condition, scope))
         group, having = query.args.get("group"), query.args.get("having")
         aggregates = {self.text(call, scope) for call in scope.find_all(exp.AggFunc)}
-        grouping = {self.text(key, scope, aliases=True) for key in group.expressions} if group else set()
+        grouping = {self.key(key, scope) for key in group.expressions} if group else set()
         groups = [self.text(part, scope) for part in self.conjuncts(having.this)] if having else []
         return (
             tuple(tables),
@@ -118,7 +118,7 @@ class _Reader:
         query = scope.expression
         ordered = query.args.get("order")
         keys = [
-            f"order {self.text(key.this, scope, aliases=True)} {'desc' if key.args.get('desc') else 'asc'}"
+            f"order {self.key(key.this, scope)} {'desc' if key.args.get('desc') else 'asc'}"
             for key in (ordered.expressions if ordered else ())
         ]
         bounds = [
@@ -127,6 +127,18 @@ class _Reader:
             if query.args.get(name) and query.args[name].expression
         ]
         return keys + bounds
+
+    def key(self, node, scope) -> str:
+        """An ORDER BY or GROUP BY key: ordinals and aliases stand for what they name, in a set operation its column."""
+        selects = scope.expression.selects
+        names = [select.alias_or_name.lower() for select in selects]
+        of_set = isinstance(scope.expression, self.exp.SetOperation)
+        if isinstance(node, self.exp.Literal) and node.this.isdigit() and 0 < int(node.this) <= len(selects):
+            position = int(node.this) - 1
+            return f"output {position}" if of_set else self.text(selects[position], scope)
+        if of_set and node.name.lower() in names:
+            return f"output {names.index(node.name.lower())}"
+        return self.text(node, scope, aliases=True)
 
     def conjuncts(self, condition) -> list:
         condition = condition.unnest()

@@ -51,10 +51,9 @@ def top_level(sql: str) -> list[str]:
     """The tokens outside all parentheses. ORDER among them orders the whole statement: nothing else may stand there."""
     depth, outside = 0, []
     for token in tokens(sql):
-        depth -= token == ")"
-        if depth == 0:
+        depth += (token == "(") - (token == ")")
+        if depth == 0 and token != ")":
             outside.append(token)
-        depth += token == "("
     return outside
 
 

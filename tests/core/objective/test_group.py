@@ -63,7 +63,7 @@ def test_group_of_one_is_allowed_without_group_statistics():
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
 def test_unscored_rollout_has_no_weight_and_is_out_of_the_baseline(recipe):
-    """Whether all its components are missing or its check failed: the others are worth what they are worth without it."""
+    """Whether all its components are missing or its check failed: the others are worth the same without it."""
     others = [[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]
     missing = recipe.credit(group([[*others, [NAN, NAN]]]))
     failed = recipe.credit(group([[*others, [1.0, 0.5]]], failed=torch.tensor([[False, False, False, True]])))

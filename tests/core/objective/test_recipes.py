@@ -31,7 +31,7 @@ def rows(logps, advantage, **fields):
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
 def test_gradient_by_finite_differences(recipe, beta):
-    """Some ratios inside the clip, some outside. A capped weight is constant for the gradient, so all are above the cap."""
+    """Some ratios inside the clip, some outside. A capped weight has no gradient, so there all are above the cap."""
     if "delta" not in recipe.options:
         recipe = recipe(epsilon_high=0.01)
     logps, spread = random(4, 3, seed=0), 0.3 if recipe is not gspo else 3e-4
@@ -129,7 +129,7 @@ def test_bad_section_is_refused_in_words(section, message):
 
 
 def test_loss_fn_replaces_the_loss_whole():
-    """A method that is not ratio-based: its own options, none of the slots it replaces, no partner that sets one of them."""
+    """A method that is not ratio-based: its own options, and no partner that sets one of the slots it replaces."""
 
     def preference(rows, *, temperature: float = 2.0):
         return Loss(sum=rows.logps.sum() * temperature, count=torch.tensor(1.0))

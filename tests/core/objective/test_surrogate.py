@@ -13,8 +13,6 @@ from core.objective.surrogate import (
     clip_loss,
     clipped_sequence_ratio,
     clipped_token_ratio,
-    sequence_ratio,
-    token_ratio,
 )
 
 COUNTS = Counts(rows=1, tokens=1, max_length=1)
@@ -72,7 +70,7 @@ def test_sequence_ratio_at_one_gives_the_policy_gradient_of_the_row_mean():
 def test_clip_switched_off_equals_reinforce_with_importance_weights():
     logps, old, advantage = log_probs(3, 4, gradient=True), log_probs(3, 4, seed=1) * 3, doubles([1.5, -0.5, 2.0])
     unclipped, _ = clipped_token_ratio(rows(logps, old, advantage), epsilon_low=1.0, epsilon_high=math.inf)
-    uncapped = cap_loss(token_ratio(logps, old), advantage.unsqueeze(1), logps, math.inf)
+    uncapped = cap_loss(torch.exp(logps - old), advantage.unsqueeze(1), logps, math.inf)
     by_hand = -torch.exp(logps - old).detach() * advantage.unsqueeze(1)
     for loss in (unclipped, uncapped):
         (gradient,) = torch.autograd.grad(loss.sum(), logps)
@@ -99,14 +97,15 @@ def test_cap_keeps_every_gradient():
 
 
 def test_sequence_ratio_of_one_token_equals_the_token_ratio():
-    logps, old = log_probs(5, 1), log_probs(5, 1, seed=1)
-    torch.testing.assert_close(sequence_ratio(logps, old, torch.ones(5, 1)), token_ratio(logps, old))
+    given = rows(log_probs(5, 1), log_probs(5, 1, seed=1), torch.ones(5))
+    torch.testing.assert_close(given.sequence_ratio, given.token_ratio)
+    torch.testing.assert_close(given.token_ratio, torch.exp(given.logps - given.old_logps))
 
 
 def test_sequence_ratio_is_the_geometric_mean_over_the_mask():
     logps = doubles([[math.log(2.0), math.log(8.0), 5.0], [1.0, 1.0, 1.0]])
-    ratio = sequence_ratio(logps, torch.zeros_like(logps), doubles([[1, 1, 0], [0, 0, 0]]))
-    torch.testing.assert_close(ratio, doubles([[4.0], [1.0]]))
+    given = rows(logps, torch.zeros_like(logps), torch.ones(2), doubles([[1, 1, 0], [0, 0, 0]]))
+    torch.testing.assert_close(given.sequence_ratio, doubles([[4.0], [1.0]]))
 
 
 def test_advantage_per_decision_equals_per_row_where_it_is_constant():

@@ -1,0 +1,150 @@
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from core.run.folder import RunFolder, RunRefused
+
+CONFIG = {"objective": {"recipe": "grpo", "epsilon": 0.2}, "rewards": ["a", "b"], "model": {"tokenizer": "some/path"}}
+
+
+def rollouts(reasons, **more):
+    n = len(reasons)
+    return {
+        "prompt_id": ["p"] * n,
+        "prompt": ["q"] * n,
+        "completion": ["c\udc80"] * n,
+        "advantage": np.zeros(n),
+        "keep": [True] * n,
+        "reward": [math.nan] * n,
+        "reward/x": [None] * n,
+        "reason/x": reasons,
+        **more,
+    }
+
+
+def test_same_config_resumes_and_another_one_is_refused_by_key(tmp_path):
+    with RunFolder.open(tmp_path / "r", CONFIG) as run:
+        run.log_metrics(1, {"loss": 0.5})
+    with RunFolder.open(tmp_path / "r", json.loads(json.dumps(CONFIG))) as run:
+        assert run.read_metrics() == [{"step": 1, "loss": 0.5}]
+    other = {**CONFIG, "objective": {"recipe": "grpo", "epsilon": 0.3}, "extra": 1}
+    with pytest.raises(RunRefused, match=r"objective\.epsilon: 0\.2 -> 0\.3; extra: \(absent\) -> 1.*RUN=.*FRESH=1"):
+        RunFolder.open(tmp_path / "r", other)
+    with RunFolder.open(tmp_path / "r", other, fresh=True) as run:
+        assert run.read_metrics() == []
+        assert run.config == other
+
+
+@pytest.mark.parametrize("names", [["thesis.txt"], ["thesis.txt", ".lock"], ["thesis.txt", "config.yaml"]])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_folder_that_is_not_a_run_is_never_touched(tmp_path, names, fresh):
+    for name in names:
+        (tmp_path / name).write_text("years of work")
+    with pytest.raises(RunRefused, match="not a run folder"):
+        RunFolder.open(tmp_path, CONFIG, fresh=fresh)
+    assert sorted(os.listdir(tmp_path)) == sorted(names)
+
+
+def test_second_process_is_refused_with_the_pid_of_the_first(tmp_path):
+    with RunFolder.open(tmp_path, CONFIG):
+        code = "import sys; from core.run.folder import RunFolder; RunFolder.open(sys.argv[1], {}, fresh=True)"
+        second = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+        assert second.returncode != 0
+        assert f"in use by another process (pid {os.getpid()} " in second.stderr
+    RunFolder.open(tmp_path, CONFIG).close()
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path)
+    run.write_json("summary.json", {"after": 1})
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        run.write_json("summary.json", {"after": 2})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"after": 1}
+    assert run.finished
+
+
+def test_json_is_strict_and_takes_numpy_values(tmp_path):
+    run = RunFolder(tmp_path)
+    path = run.write_json("x.json", {"a": np.float32(1.5), "b": [math.nan, math.inf], "c": np.arange(2), "d": tmp_path})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
+        "a": 1.5,
+        "b": [None, None],
+        "c": [0, 1],
+        "d": str(tmp_path),
+    }
+    run.log_metrics(3, {"loss": math.nan})
+    assert math.isnan(run.read_metrics()[0]["loss"])
+
+
+def test_resuming_drops_later_steps_and_a_line_cut_by_a_crash(tmp_path):
+    with RunFolder.open(tmp_path, CONFIG) as run:
+        for step in range(1, 6):
+            run.log_metrics(step, {"reward": step})
+            run.log_rollouts(step, rollouts([None]))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "rew')
+    with RunFolder.open(tmp_path, CONFIG) as run:
+        run.log_metrics(6, {"reward": 6})
+        assert [line["step"] for line in run.read_metrics()] == [1, 2, 3, 4, 5, 6]
+        run.truncate_after(3)
+        run.log_metrics(4, {"reward": 40})
+        assert [line["reward"] for line in run.read_metrics()] == [1, 2, 3, 40]
+        assert run.read_rollouts()["step"].to_pylist() == [1, 2, 3]
+
+
+def test_rollout_parts_read_as_one_dataset_even_when_a_column_is_empty_in_one(tmp_path):
+    run = RunFolder(tmp_path)
+    run.log_rollouts(12, rollouts([None, None]))
+    run.log_rollouts(12, rollouts([None, None]))  # the same step again replaces, it does not add
+    run.log_rollouts(13, rollouts(["syntax_error", ""]))
+    table = pq.read_table(tmp_path / "rollouts.parquet")
+    assert table["step"].to_pylist() == [12, 12, 13, 13]
+    assert table["reason/x"].to_pylist() == [None, None, "syntax_error", ""]
+    assert table["completion"][0].as_py() == "c?"
+    assert run.read_rollouts(last=1)["step"].to_pylist() == [13, 13]
+    run.log_rollouts(14, rollouts(["x"], seconds=[1.5]))
+    assert run.read_rollouts()["seconds"].to_pylist() == [None] * 4 + [1.5]
+    with pytest.raises(ValueError, match="advantage has 1 values"):
+        run.log_rollouts(15, rollouts(["a", "b"], advantage=[1.0]))
+
+
+def test_last_checkpoint_is_the_newest_complete_one_and_the_owner_removes_broken_ones(tmp_path):
+    for step, state in ((9, "{}"), (10, "{}"), (20, '{"cut'), (30, None)):
+        (tmp_path / "r/checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+        if state is not None:
+            (tmp_path / f"r/checkpoints/checkpoint-{step}/trainer_state.json").write_text(state)
+    for name in ("config.yaml", ".lock"):
+        (tmp_path / "r" / name).write_text("{}")
+    assert RunFolder(tmp_path / "r").last_checkpoint().name == "checkpoint-10"
+    assert len(os.listdir(tmp_path / "r/checkpoints")) == 4
+    with RunFolder.open(tmp_path / "r", {}) as run:
+        assert run.last_checkpoint().name == "checkpoint-10"
+    assert sorted(os.listdir(tmp_path / "r/checkpoints")) == ["checkpoint-10", "checkpoint-9"]
+    assert RunFolder(tmp_path / "none").last_checkpoint() is None
+
+
+@pytest.mark.parametrize("key", ["api_key", "HUB_TOKEN", "password", "client_secret", "openaiKey"])
+def test_secret_in_a_config_is_refused_before_anything_is_written(tmp_path, key):
+    with pytest.raises(RunRefused, match=rf"judge\.0\.{key} .*environment") as refusal:
+        RunFolder.open(tmp_path / "r", {"judge": [{key: "sk-123"}]})
+    assert "sk-123" not in str(refusal.value)
+    assert not (tmp_path / "r").exists()
+
+
+def test_words_that_only_look_like_secrets_pass(tmp_path):
+    config = {
+        "max_tokens": 5,
+        "tokenizer": "path",
+        "pad_token": "<pad>",
+        "api_key": "",
+        "key": None,
+        "api_key_env": "K",
+    }
+    RunFolder.open(tmp_path / "r", config).close()

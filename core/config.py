@@ -50,7 +50,9 @@ class Data:
 
 @dataclass(frozen=True)
 class Warmup:
-    labels: Literal["none", "gold", "demonstrations"] = "none"  # what is imitated: gold, or what the app's annotator wrote
+    labels: Literal["none", "gold", "demonstrations"] = (
+        "none"  # what is imitated: gold, or what the app's annotator wrote
+    )
     rows: int | None = None  # how many demonstrations; None: one for every training row
     steps: int = 0
     batch_size: int = 32

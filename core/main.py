@@ -49,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--app", required=True, help="a folder of apps/")
         if name == "new":
             continue
-        command.add_argument("--config", default="tiny", help="a YAML file of the app, without its ending (default tiny)")
+        command.add_argument(
+            "--config", default="tiny", help="a YAML file of the app, without its ending (default tiny)"
+        )
         command.add_argument("--data", help="the data set's folder (default: the offline one, made here)")
         command.add_argument("--model", help="a folder or hub id (default: the config's)")
         command.add_argument("--task", help="a named variant of the app")
@@ -58,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--set", default="", help='overrides, "section.key=value ..."')
         if name == "train":
             command.add_argument("--fresh", action="store_true", help="delete the run of that name first")
-            command.add_argument("--dry-run", action="store_true", help="print the resolved config and the batch, and stop")
+            command.add_argument(
+                "--dry-run", action="store_true", help="print the resolved config and the batch, and stop"
+            )
         if name == "eval":
             command.add_argument("--split", help="split to evaluate (default: the config's test split)")
         if name == "predict":
@@ -84,7 +88,9 @@ def refuse_other_core() -> None:
     import core
 
     if not (Path(core.__file__).parent / "objective" / "recipes.py").exists():
-        raise ConfigError(f"the package 'core' in {Path(core.__file__).parent} is not this project's; run from its root, with python -P")
+        raise ConfigError(
+            f"the package 'core' in {Path(core.__file__).parent} is not this project's; run from its root, with python -P"
+        )
 
 
 def resolved(options: argparse.Namespace) -> tuple[apps.App, Config]:
@@ -119,7 +125,10 @@ def train(options: argparse.Namespace) -> int:
 
     path = run_path(options, app, config)
     title = f"{app.name} {path.name}"
-    with RunFolder.open(path, config.as_dict(), fresh=options.fresh) as folder, Progress(config.optim.steps, title) as progress:
+    with (
+        RunFolder.open(path, config.as_dict(), fresh=options.fresh) as folder,
+        Progress(config.optim.steps, title) as progress,
+    ):
         run_training(app, config, folder, progress, command(options))
     return 0
 
@@ -146,7 +155,9 @@ def predict(options: argparse.Namespace) -> int:
     from core.run.evaluation import run_prediction
 
     app, config = resolved(options)
-    return run_prediction(app, config, options.model, run_path(options, app, config), Path(options.input), Path(options.output))
+    return run_prediction(
+        app, config, options.model, run_path(options, app, config), Path(options.input), Path(options.output)
+    )
 
 
 def report(options: argparse.Namespace) -> int:
@@ -178,7 +189,9 @@ def check(options: argparse.Namespace) -> int:
                 canaries = split == config.data.test
                 found = apps.self_check(app, prepared, judge.rewards, judge.metrics, canary_rows=4 if canaries else 0)
                 findings += [apps.Finding(f"{split}: {f.what}", f.ok, f.detail) for f in found]
-        progress.table("self-check", ["what", "", "evidence"], [(f.what, "ok" if f.ok else "FAILS", f.detail) for f in findings])
+        progress.table(
+            "self-check", ["what", "", "evidence"], [(f.what, "ok" if f.ok else "FAILS", f.detail) for f in findings]
+        )
         failed = sum(not f.ok for f in findings)
         progress.note(f"{len(findings) - failed} of {len(findings)} checks hold")
     return 1 if failed else 0

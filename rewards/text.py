@@ -31,9 +31,7 @@ def tagged(text: str, tag: str) -> str | None:
 
 
 def tags_in_order(text: str, tags: Sequence[str]) -> bool:
-    """Whether the text is <a>...</a> <b>...</b> for these tags: each exactly once, in order, only white space
-    outside.
-    """
+    """Whether the text is <a>...</a> <b>...</b> for these tags: each exactly once, in order, nothing outside them."""
     position = 0
     for tag in tags:
         opening, closing = f"<{tag}>", f"</{tag}>"
@@ -44,8 +42,9 @@ def tags_in_order(text: str, tags: Sequence[str]) -> bool:
 
 
 def ngram_jaccard(first: Sequence[Hashable], second: Sequence[Hashable], n: int = 2) -> float:
-    """|A & B| / |A | B| over the sets of n adjacent tokens; where neither has any, 1.0 if the sequences are equal else
-    0.0.
+    """|A & B| / |A | B| over the sets of n adjacent tokens, in [0, 1].
+
+    Where neither sequence is long enough to have any: 1.0 if the sequences are equal, else 0.0.
     """
     grams = [{tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)} for tokens in (first, second)]
     union = len(grams[0] | grams[1])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from apps.text_to_sql import annotator, prompts
@@ -17,7 +17,6 @@ from core.app import App, Language, Row, Rows
 from data import spider
 from data.synthetic import spider as synthetic
 from rewards import sql as rewards
-from rewards.canaries import Canary
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,6 @@ class Options:
 def composite(weights: dict[str, float]) -> dict:
     """{component: (weight, reward)}: a component is called as the function that computes it."""
     return {name: (weight, getattr(rewards, name)) for name, weight in weights.items()}
-
-
-def on_first_table(canary: Canary) -> Canary:
-    """The canary aimed at a table that the row's database has."""
-    return replace(canary, completion=lambda row: canary.completion({**row, "table": row["schema"]["tables"][0]["name"]}))
 
 
 def warnings(weights: dict[str, float], outcome: str, recipes: list[str]) -> list[str]:
@@ -86,7 +80,11 @@ def first_column(train: Rows, test: Rows) -> list[str]:
 
 def predict_row(request: Row) -> Row:
     """A row without gold from {"question", "database"}: the schema is read from the SQLite file."""
-    return {"question": request["question"], "database": request["database"], "schema": spider.schema_of(request["database"])}
+    return {
+        "question": request["question"],
+        "database": request["database"],
+        "schema": spider.schema_of(request["database"]),
+    }
 
 
 APP = App(
@@ -107,7 +105,7 @@ APP = App(
         "execution_strict": rewards.execution_match,
         "executable": rewards.executes,
     },
-    canaries=tuple(map(on_first_table, rewards.CANARIES)),
+    canaries=tuple(rewards.CANARIES),
     cluster="db_id",
     baselines={"nearest question's query": nearest_question, "first column of the first table": first_column},
     predict=predict_row,

@@ -79,7 +79,12 @@ def complete(
     completions, truncated = [""] * len(texts), [False] * len(texts)
     style = {"do_sample": False}
     if sampling.temperature > 0:
-        style = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        style = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+        }
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     training = model.training

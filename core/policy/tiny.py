@@ -46,7 +46,13 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int = 1024) -> PreTrainedT
 
 
 def build_model(
-    tokenizer: PreTrainedTokenizerFast, *, width: int = 128, layers: int = 4, heads: int = 4, context: int = 1024, seed: int = 0
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    width: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    context: int = 1024,
+    seed: int = 0,
 ) -> Qwen3ForCausalLM:
     """A randomly initialised model; float32, tied embeddings, feed-forward of three widths, half as many key-value heads.
 

@@ -491,7 +491,16 @@ def summarise(
 
     def add(name: str, a: np.ndarray, b: np.ndarray, items: Sequence[Row] = rows) -> None:
         diff, lo, hi = ev.change(app, items, a, b)
-        table.append({"name": name, "before": float(np.nanmean(a)), "after": float(np.nanmean(b)), "change": diff, "lo": lo, "hi": hi})
+        table.append(
+            {
+                "name": name,
+                "before": float(np.nanmean(a)),
+                "after": float(np.nanmean(b)),
+                "change": diff,
+                "lo": lo,
+                "hi": hi,
+            }
+        )
 
     for name in before.scores:
         add(name, before.scores[name], after.scores[name])
@@ -502,7 +511,12 @@ def summarise(
     parts = [app.part(row) if app.part else "" for row in rows]
     for name in sorted(set(parts) - {""}):
         chosen = [i for i, part in enumerate(parts) if part == name]
-        add(f"{headline}: {name} ({len(chosen)} rows)", before.scores[headline][chosen], after.scores[headline][chosen], [rows[i] for i in chosen])
+        add(
+            f"{headline}: {name} ({len(chosen)} rows)",
+            before.scores[headline][chosen],
+            after.scores[headline][chosen],
+            [rows[i] for i in chosen],
+        )
     steps = [line for line in folder.read_metrics() if "zero_spread" in line]
     if steps:
         edge = max(1, len(steps) // 10)

@@ -76,7 +76,9 @@ def arguments(config: Config, batch: Batch, recipe: Recipe, output: Path) -> GRP
         "remove_unused_columns": False,
     }
     if recipe.options.get("entropy_coef") and config.trainer.get("entropy_coef"):
-        raise ConfigError("objective.entropy_coef and trainer.entropy_coef would both add an entropy bonus; keep the first")
+        raise ConfigError(
+            "objective.entropy_coef and trainer.entropy_coef would both add an entropy bonus; keep the first"
+        )
     known = GRPOConfig.__dataclass_fields__
     for name in config.trainer:
         if name not in known:
@@ -112,7 +114,9 @@ class LanguageTrainer(GRPOTrainer):
         peft_config: Any = None,
     ):
         if missing := recipe.needs - PROVIDES:
-            raise ConfigError(f"recipe {recipe.name} needs {', '.join(sorted(missing))}, which the language trainer cannot give")
+            raise ConfigError(
+                f"recipe {recipe.name} needs {', '.join(sorted(missing))}, which the language trainer cannot give"
+            )
         needed = batch.generation // batch.group
         if len(rows) < needed:
             raise ConfigError(
@@ -121,7 +125,7 @@ class LanguageTrainer(GRPOTrainer):
                 f"Lower rollout.prompts_per_step or give more data"
             )
         self.rows, self.scorer, self.recipe, self.outcome = rows, scorer, recipe, outcome
-        self.control, self.on_rollouts = config.run.control, on_rollouts
+        self.run_control, self.on_rollouts = config.run.control, on_rollouts  # Trainer.control is something else
         self.weights = torch.tensor(list(weights), dtype=torch.float32)
         super().__init__(
             model=model,
@@ -160,7 +164,7 @@ class LanguageTrainer(GRPOTrainer):
             return output
         credit = self.recipe.credit(self._group(output))
         advantage, keep = credit.advantage, credit.keep
-        if self.control == "shuffled_advantages":
+        if self.run_control == "shuffled_advantages":
             kept = keep.nonzero().squeeze(1)
             order = torch.randperm(len(kept), generator=self._control_generator()).to(kept.device)
             advantage = advantage.index_copy(0, kept, advantage[kept[order]])
@@ -178,7 +182,7 @@ class LanguageTrainer(GRPOTrainer):
 
     def _group(self, output: dict[str, Any]) -> Group:
         rewards = self._judged["rewards"]
-        if self.control == "random_rewards":
+        if self.run_control == "random_rewards":
             rewards = torch.rand(rewards.shape, generator=self._control_generator()).to(rewards)
         shape = (-1, self.num_generations, rewards.shape[1])
         mask = self.accelerator.pad_across_processes(_loss_mask(output), dim=1)
@@ -250,7 +254,9 @@ class LanguageTrainer(GRPOTrainer):
             total, count = self.accelerator.reduce(torch.stack([total.float(), count.float()]), reduction="sum")
             self._metrics[mode][name].append((total / count.clamp(min=1.0)).item())
         if self._entropy_bonus_enabled:
-            value = value - self._entropy_bonus(entropy, mask if entropy_mask is None else mask * entropy_mask, mode, accumulation)
+            value = value - self._entropy_bonus(
+                entropy, mask if entropy_mask is None else mask * entropy_mask, mode, accumulation
+            )
         if self.aux_loss_enabled:
             value = value + self.router_aux_loss_coef * aux_loss / accumulation
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
@@ -284,8 +290,16 @@ class LanguageTrainer(GRPOTrainer):
             size = self.current_gradient_accumulation_steps
             start = self._step % self.args.steps_per_generation // size * size
             window = self._buffered_inputs[start : start + size]
-        rows = sum(part["keep"].sum() for part in window) if "keep" in inputs else torch.tensor(len(mask), device=mask.device)
-        tokens = sum((_loss_mask(part) * part["keep"].unsqueeze(1)).sum() for part in window) if "keep" in inputs else mask.sum()
+        rows = (
+            sum(part["keep"].sum() for part in window)
+            if "keep" in inputs
+            else torch.tensor(len(mask), device=mask.device)
+        )
+        tokens = (
+            sum((_loss_mask(part) * part["keep"].unsqueeze(1)).sum() for part in window)
+            if "keep" in inputs
+            else mask.sum()
+        )
         rows, tokens = self.accelerator.reduce(torch.stack([rows.float(), tokens.float()]), reduction="sum").tolist()
         return Counts(rows=rows, tokens=tokens, max_length=self.max_completion_length)
 

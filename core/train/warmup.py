@@ -60,6 +60,7 @@ def imitate(
         lr_scheduler_type="constant_with_warmup" if seconds else "cosine",
         warmup_steps=max(1, steps // 20) if not seconds else 10,
         weight_decay=0.0,
+        adam_beta2=0.98,
         seed=seed,
         data_seed=seed,
         max_length=None,

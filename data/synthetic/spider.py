@@ -34,9 +34,9 @@ def write(
     folder: str | Path,
     seed: int = 0,
     *,
-    train_databases: int = 48,
+    train_databases: int = 140,
     dev_databases: int = 36,
-    train_questions: int = 125,
+    train_questions: int = 43,
     dev_questions: int = 20,
     dev_held_out: int = 3,
 ) -> None:

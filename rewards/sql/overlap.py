@@ -11,7 +11,7 @@ from functools import lru_cache
 from rewards.sandbox.sqlite import DatabaseUnavailable, file_stamp
 from rewards.score import FAILED, Score
 from rewards.sql.extract import extract_sql
-from rewards.sql.parse import names_of
+from rewards.sql.parse import Names, read_names
 from rewards.sql.tokens import tokens
 from rewards.text import ngram_jaccard
 
@@ -46,9 +46,10 @@ def schema_items(sql: str, stamp: tuple) -> frozenset[str] | None:
 
     A name that no table of the file has still counts (as "?.name"), so that inventing columns costs.
     """
-    names = names_of(sql, stamp)
-    if names is None:
-        return None
+    return read_names(sql, stamp, _items)
+
+
+def _items(names: Names) -> frozenset[str]:
     exp, items = names.exp, set()
 
     def use(name: str, source) -> None:

@@ -5,12 +5,15 @@ Aliases are resolved to base tables; a "double quoted" name that no table has is
 the parser.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from typing import TypeVar
 
 from rewards.sandbox.sqlite import Limits, read_schema
 from rewards.sql.tokens import depth, tokens
 
+T = TypeVar("T")
 MAX_DEPTH = 40  # nesting of parentheses; SQLite itself gives up near 100
 
 
@@ -20,10 +23,12 @@ def sqlglot_module():
         import sqlglot
     except ImportError as error:
         raise ImportError('this reward parses SQL with sqlglot; install it with pip install ".[sql]"') from error
+    # It warns about every odd query, and a policy writes thousands.
+    logging.getLogger("sqlglot").setLevel(logging.ERROR)
     return sqlglot
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)  # trees are large; what is read from them is cached where it is read
 def parse(sql: str):
     """The statement as a sqlglot Query (shared: do not modify), None if it is not exactly one query that parses."""
     sqlglot = sqlglot_module()
@@ -46,13 +51,16 @@ def columns_of(stamp: tuple) -> dict[str, tuple[str, ...]]:
     }
 
 
-def names_of(sql: str, stamp: tuple) -> "Names | None":
-    """The names of a query on the file with this stamp; None if it does not parse or names two sources alike."""
+def read_names(sql: str, stamp: tuple, read: Callable[["Names"], T]) -> T | None:
+    """read(names of the query on the file with this stamp); None if it does not parse or its names make no sense.
+
+    No sense: two sources of one name (sqlglot's OptimizeError), inner queries that define each other (no end of them).
+    """
     tree = parse(sql)
     if tree is None:
         return None
     try:
-        return Names(tree, columns_of(stamp))
+        return read(Names(tree, columns_of(stamp)))
     except (sqlglot_module().errors.SqlglotError, RecursionError):
         return None
 
@@ -66,17 +74,13 @@ class Names:
 
         self.exp, self.tables = exp, tables
         self.scopes = traverse_scope(tree)
-        self._sources = {
-            id(scope): {
-                alias.lower(): source.name.lower() if isinstance(source, exp.Table) else source
-                for alias, (_, source) in scope.selected_sources.items()
-            }
-            for scope in self.scopes
-        }
 
     def sources(self, scope) -> dict[str, object]:
         """{alias: base table name (str) or inner Scope} of the FROM clause, in order, lower case."""
-        return self._sources[id(scope)]
+        return {
+            alias.lower(): source.name.lower() if isinstance(source, self.exp.Table) else source
+            for alias, (_, source) in scope.selected_sources.items()
+        }
 
     def outputs(self, source) -> tuple[str, ...]:
         """Column names, lower case, of a base table or of an inner query."""

@@ -14,7 +14,7 @@ from rewards.sandbox.sqlite import DatabaseUnavailable, file_stamp
 from rewards.score import FAILED, Score
 from rewards.sql.execution import execution_match
 from rewards.sql.extract import extract_sql
-from rewards.sql.parse import Names, names_of
+from rewards.sql.parse import Names, read_names
 
 ITEMS = ("tables", "joins", "filters", "aggregation", "projection")
 
@@ -51,12 +51,13 @@ def structure_match_if_wrong(completion: str, *, sql: str, database: str) -> Sco
 @lru_cache(maxsize=8192)
 def structure(sql: str, stamp: tuple) -> tuple | None:
     """The five items, each a sorted tuple with one entry per SELECT (each entry a tuple); None if it does not parse."""
-    names = names_of(sql, stamp)
-    if names is None:
-        return None
+    return read_names(sql, stamp, _structure)
+
+
+def _structure(names: Names) -> tuple:
     reader = _Reader(names)
     selects = [reader.select(scope) for scope in reader.names.scopes if isinstance(scope.expression, reader.exp.Select)]
-    items = [sorted(item, key=repr) for item in zip(*selects, strict=True)]
+    items = [sorted(item, key=repr) for item in zip(*selects, strict=True)] or [[] for _ in ITEMS]  # only VALUES
     for scope in reader.names.scopes:
         if isinstance(scope.expression, reader.exp.SetOperation):
             query = scope.expression
@@ -160,9 +161,7 @@ class _Reader:
         return f"inner.{name}"
 
     def text(self, node, scope, aliases: bool = False) -> str:
-        """Canonical text of an expression; aliases: names of the SELECT list (and ordinals) stand for what they
-        name.
-        """
+        """Canonical text of an expression; aliases: names of the SELECT list come before those of the tables."""
         exp = self.exp
         if isinstance(node, (exp.Paren, exp.Alias)):
             return self.text(node.this, scope, aliases)
@@ -174,28 +173,27 @@ class _Reader:
             found = self.names.find(node, scope)
             if not node.table and (aliases or not found):
                 for projection in scope.expression.selects:
-                    if isinstance(projection, exp.Alias) and projection.alias.lower() == node.name.lower():
+                    named = isinstance(projection, exp.Alias) and projection.alias.lower() == node.name.lower()
+                    if named and projection.this.name.lower() != node.name.lower():  # x AS x names itself
                         return self.text(projection, scope)
             if found:
                 return self.source_column(*found)
             return repr(node.name) if self.names.is_literal(node) else f"?.{node.name.lower()}"
-        key, children = (
-            node.key,
-            [(name, child) for name, child in node.args.items() if child not in (None, False, [], "")],
-        )
         if isinstance(node, (exp.And, exp.Or)):
             parts = [self.text(part, scope, aliases) for part in node.flatten()]
-            return f"{key}({', '.join(sorted(set(parts)))})"
-        texts = [self.child(child, scope, aliases) for _, child in children]
+            return f"{node.key}({', '.join(sorted(set(parts)))})"
+        key, children = node.key, [child for child in node.args.values() if child not in (None, False, [], "")]
+        texts = [self.child(child, scope, aliases, isinstance(node, exp.In)) for child in children]
         if isinstance(node, (exp.GT, exp.GTE)):
             key, texts = key.replace("gt", "lt"), texts[::-1]
         elif isinstance(node, (exp.EQ, exp.NEQ, exp.Add, exp.Mul)):
             texts = sorted(texts)
         return f"{key}({', '.join(texts)})"
 
-    def child(self, child, scope, aliases: bool) -> str:
+    def child(self, child, scope, aliases: bool, unordered: bool) -> str:
         if isinstance(child, list):
-            return f"[{', '.join(sorted(self.text(part, scope, aliases) for part in child))}]"
+            texts = [self.child(part, scope, aliases, unordered) for part in child]
+            return f"[{', '.join(sorted(texts) if unordered else texts)}]"
         if isinstance(child, self.exp.Expression):
             return self.text(child, scope, aliases)
         return str(child).lower()

@@ -74,6 +74,8 @@ def test_column_search_agrees_with_all_permutations():
         if generator.random() < 0.5:
             i = generator.randrange(rows)
             second[i] = second[i][::-1]
+        elif generator.random() < 0.5:  # same columns, another joint distribution
+            second = list(zip(*(generator.sample(column, rows) for column in zip(*second, strict=True)), strict=True))
         for ordered in (True, False):
             expected = brute(first, second, ordered)
             assert equal_up_to_columns(first, second, ordered) is expected
@@ -84,6 +86,10 @@ def test_column_search_agrees_with_all_permutations():
 def test_many_equal_columns_are_quick_and_hopeless_searches_stop():
     started = time.process_time()
     assert equal_up_to_columns([(1,) * 50] * 20, [(1,) * 50] * 20, False)
+    assert (
+        equal_up_to_columns([(0,) * 20 + (1,), (1,) * 20 + (0,)], [(0,) * 19 + (1, 1), (1,) * 19 + (0, 0)], False)
+        is False
+    )
     identity = [tuple(int(i == j) for j in range(26)) for i in range(26)]
     assert equal_up_to_columns(identity, identity[::-1], False)
     generator = random.Random(1)

@@ -54,6 +54,29 @@ def test_each_change_costs_its_own_items(database, change, items):
     assert score.detail == "differs in " + ", ".join(items)
 
 
+def test_arguments_have_an_order_and_in_lists_have_none(database):
+    gold = "SELECT substr(name, 1, 2) FROM singer WHERE age IN (25, 30)"
+    assert value(gold.replace("25, 30", "30, 25"), gold, database) == 1.0
+    assert value(gold.replace("1, 2", "2, 1"), gold, database) == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "VALUES (1), (2)",
+        "WITH a AS (SELECT x FROM b), b AS (SELECT x FROM a) SELECT x FROM a",
+        "WITH RECURSIVE c AS (SELECT id AS x FROM singer UNION ALL SELECT x + 1 FROM c WHERE x < 9) SELECT c.x FROM c",
+        "SELECT group_concat(DISTINCT) FILTER (WHERE age > 1) FROM singer",
+        "SELECT 9223372036854775808, 1e999 0 year, 1 weight",
+        "SELECT a.b.c.d FROM singer",
+    ],
+)
+def test_odd_queries_get_a_low_score_and_break_nothing(database, odd, capfd):
+    assert value(odd, GOLD, database) <= 0.4
+    value(GOLD, odd, database)
+    assert capfd.readouterr().err == ""
+
+
 def test_cte_and_subquery_are_the_same(database):
     inner = "SELECT name AS n FROM singer WHERE age > 20"
     assert value(f"WITH w AS ({inner}) SELECT n FROM w", f"SELECT x.n FROM ({inner}) AS x", database) == 1.0
@@ -70,6 +93,7 @@ def test_set_operations_and_double_quoted_text(database):
 
 def test_having_nothing_is_worth_nothing_over_the_wrong_tables(database):
     assert value("SELECT 1", "SELECT name FROM singer", database) == 0.0
+    assert value("SELECT made AS made FROM singer", "SELECT name FROM singer", database) == pytest.approx(0.8)
     assert value("not sql", GOLD, database) == value("SELECT (", GOLD, database) == 0.0
     assert value(GOLD, "SELECT FROM", database) is None
 

@@ -1,7 +1,9 @@
+import sqlite3
+
 import pytest
 
 from rewards.sandbox.sqlite import execute
-from rewards.sql import execution_match
+from rewards.sql import execution_match, ties
 from rewards.sql.ties import orders_rows, tie_blocks
 
 
@@ -37,8 +39,6 @@ def test_sqlite_says_which_rows_tie(database, gold, blocks):
 
 
 def test_a_collation_decides_what_ties(tmp_path):
-    import sqlite3
-
     path = str(tmp_path / "c.sqlite")
     connection = sqlite3.connect(path)
     connection.executescript(
@@ -60,6 +60,14 @@ def test_tied_rows_may_swap_and_others_may_not(database):
     assert execution_match(mixed, sql=gold, database=database).reason == "wrong_order"
     unordered = "SELECT name, age FROM singer ORDER BY id"
     assert execution_match(unordered, sql=gold, database=database).reason == "wrong_order"
+
+
+def test_ranks_that_do_not_explain_golds_own_rows_are_not_used(database, monkeypatch):
+    gold = "SELECT name FROM singer ORDER BY age"
+    monkeypatch.setattr(
+        ties, "rank_query", lambda sql, columns: "SELECT name, 1 FROM singer WHERE id <> 6 UNION ALL SELECT 'x', 1"
+    )
+    assert ties.tie_blocks(database, gold, execute(database, gold)) == [1] * 6
 
 
 def test_keys_that_cannot_be_known_leave_gold_order_as_the_only_one(database):

@@ -57,7 +57,7 @@ lint: .venv/.dev  ## ruff: rules and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 results: .venv/.app-$(APP)  ## rerun every number in APP's README into results/APP.json (about an hour)
-	$(BIN)/python -P -m benchmarks.$(APP)
+	$(BIN)/python -P benchmarks/results.py --app $(APP)
 
 bench: .venv/.dev  ## the measured claims of benchmarks/
 	@for script in benchmarks/bench_*.py; do [ -e "$$script" ] || continue; $(BIN)/python -P "$$script" || exit 1; done

@@ -188,18 +188,20 @@ def self_check(app: App, rows: Rows, scorer, metrics_scorer, canary_rows: int = 
             detail = f"{len(rows)} rows"
             if low:
                 i = low[0]
-                detail = f"{len(low)} of {len(rows)} rows below 1; row {rows[i]['id']}: {values[i]:.3f} {scores.reasons[i].get(name, '')}"
+                reason = scores.reasons[i].get(name, "")
+                detail = f"{len(low)} of {len(rows)} rows below 1; row {rows[i]['id']}: {values[i]:.3f} {reason}"
             if unscored:
                 detail += f"; {unscored} rows could not be judged"
             findings.append(Finding(f"gold scores 1 on {title} {name}", not low and not unscored, detail))
-    sample = list(rows[:: max(1, len(rows) // canary_rows)])[:canary_rows]
-    for canary in app.canaries:
+    sample = list(rows[:: max(1, len(rows) // max(1, canary_rows))])[:canary_rows]
+    for canary in app.canaries if sample else ():
         if canary.component not in scorer.names:
             continue
         k = scorer.names.index(canary.component)
         scores = scorer.score([canary.completion(row) for row in sample], sample)
         values = scores.values[:, k]
         bad = [v for v in values if not (canary.at_least <= v <= canary.at_most)]
-        detail = f"{canary.component} {min(values, default=0):.2f}..{max(values, default=0):.2f}, allowed {canary.at_least:g}..{canary.at_most:g}"
+        got = f"{min(values, default=0):.2f}..{max(values, default=0):.2f}"
+        detail = f"{canary.component} {got}, allowed {canary.at_least:g}..{canary.at_most:g}"
         findings.append(Finding(f"canary {canary.name}", not bad, detail))
     return findings

@@ -145,6 +145,7 @@ OWNED = {
     "epsilon_high": "objective.epsilon_high",
     "delta": "objective.delta",
     "beta": "objective.beta",
+    "use_bias_correction_kl": "objective.kl_weight",
     "scale_rewards": "objective.scale",
     "reward_weights": "rewards.weights",
     "num_generations": "rollout.group_size",
@@ -283,7 +284,7 @@ def _check(config: Config) -> None:
         if value < limit:
             raise ConfigError(f"{key}={value} is below its least value {limit}")
     for key, value in (("rollout.temperature", config.rollout.temperature), ("optim.lr", config.optim.lr)):
-        if value <= 0:
+        if not value > 0:
             raise ConfigError(f"{key}={value} must be above 0")
     if not 0 <= config.data.validation_share < 1:
         raise ConfigError(f"data.validation_share={config.data.validation_share} must lie in [0, 1)")

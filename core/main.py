@@ -175,7 +175,8 @@ def report(options: argparse.Namespace) -> int:
 def check(options: argparse.Namespace) -> int:
     from core.run.evaluate import Judge
     from core.run.progress import Progress
-    from core.run.train import Setup, data_folder
+    from core.run.splits import data_folder
+    from core.run.train import Setup
 
     app, config = resolved(options)
     print(yaml.safe_dump(config.as_dict(), sort_keys=False), end="")

@@ -106,7 +106,9 @@ def schema_of(database: str | Path) -> dict:
         raise FileNotFoundError(f"{path} is no file; give the path of a SQLite database")
     try:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
-            names = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")
+            names = connection.execute(
+                "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
+            )
             tables, foreign = [], []
             for (name,) in names.fetchall():
                 columns = connection.execute("SELECT name, type, pk FROM pragma_table_info(?)", (name,)).fetchall()

@@ -24,9 +24,9 @@ TASK = (
 )
 FORMATS = {
     "fenced": "Think first if it helps. Then give one query in a ```sql block.",
-    "reasoning": "Write your reasoning between <reasoning> and </reasoning>, then the query alone between <answer> and </answer>.",
-    "think_answer": "Write your thoughts between <think> and </think>, then, between <answer> and </answer>, the query in a ```sql block.",
-    "think_solution": "Write your thoughts between <think> and </think>, then the query alone between <solution> and </solution>.",
+    "reasoning": "Reason between <reasoning> and </reasoning>, then give the query alone between <answer> and </answer>.",
+    "think_answer": "Think between <think> and </think>, then give the query in a ```sql block between <answer> and </answer>.",
+    "think_solution": "Think between <think> and </think>, then give the query alone between <solution> and </solution>.",
 }
 WORDS = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|\w+(?:\.\d+)?|!=|>=|<=|<>|\|\||[^\w\s]")
 

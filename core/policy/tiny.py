@@ -13,7 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 
 PAD, END = "<|pad|>", "<|end|>"
-CHAT = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+CHAT = (  # an assistant's turn ends with the end token, so that imitating one teaches to end
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+)
 
 
 def build_tokenizer(texts: Iterable[str], vocabulary: int = 1024) -> PreTrainedTokenizerFast:

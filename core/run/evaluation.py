@@ -15,7 +15,9 @@ from core.policy.language import Sampling, complete
 from core.run import evaluate as ev
 from core.run.folder import RunFolder
 from core.run.progress import Progress
-from core.run.train import Split, data_folder, evaluation_json, refuse_machine
+from core.run.splits import Split, data_folder
+from core.run.summary import evaluation_json
+from core.run.train import refuse_machine
 
 
 def policy(app: App, config: Config, model: str | None, run: Path) -> tuple[Any, Any, Path]:

@@ -221,9 +221,15 @@ class RunFolder:
             else:
                 entry.unlink()
 
+    @property
+    def _begun(self) -> bool:
+        """Whether any work is kept here; before that (a config that was refused, a wrong path) any config may enter."""
+        left = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
+        return bool(left - {"config.yaml", "metrics.jsonl"} or self.read_metrics())
+
     def _settle(self, config: Mapping) -> None:
         text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-        if not (self.path / "config.yaml").exists():
+        if not (self.path / "config.yaml").exists() or not self._begun:
             self.write_text("config.yaml", text)
             return
         old, new = dict(_leaves(self.config)), dict(_leaves(yaml.safe_load(text)))

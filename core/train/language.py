@@ -1,4 +1,6 @@
-"""GRPO on language models: trl.GRPOTrainer with credit and loss from core.objective. The only file that touches TRL's private methods.
+"""GRPO on language models: trl.GRPOTrainer with credit and loss from core.objective.
+
+The only file that touches TRL's private methods.
 
 Two moments (core/objective): *credit* enters where TRL has gathered the reward matrix of whole groups over all ranks
 (`_calculate_rewards`, `_generate_and_score_completions`); *loss* replaces `_compute_loss`, after TRL has shuffled rows and

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ def imitate(
     seconds: float | None = None,
     prompt_loss: bool = False,
 ) -> PreTrainedModel:
-    """Train `model` in place to complete each prompt with its completion; the loss is on the completion, and on the prompt too if `prompt_loss`.
+    """Train `model` in place to complete each prompt with its completion.
+
+    prompt_loss: the loss is on the prompt too, not on the completion alone.
 
     steps: optimizer steps (cosine schedule, 5 % warm-up); seconds: if given, stop after this wall time at constant rate.
     """
@@ -103,16 +106,22 @@ class _StopAfter(TrainerCallback):
 
 @contextlib.contextmanager
 def quiet():
-    """Libraries' notes off for the duration; warnings and errors of our own still show."""
+    """Libraries' notes, bars and deprecation warnings off for the duration; their errors, and all of ours, still show."""
+    from transformers.utils import logging as hf
+
     names = ["transformers", "trl", "accelerate", "datasets"]
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
+    hf.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+        hf.enable_progress_bar()
 
 
 def cache_key(*parts: Any) -> str:

@@ -23,6 +23,10 @@ AGGREGATES = {
     "Min": ("lowest", "smallest", "minimum"),
     "Max": ("highest", "largest", "maximum"),
 }
+# How often: as in questions that people ask, strict comparisons, means and "most first" are the common ones.
+OPERATORS = ("GT", "GT", "GT", "GTE", "LT", "LT", "LT", "LTE")
+FUNCTIONS = ("Avg", "Avg", "Sum", "Min", "Max")
+DESCENDING = 0.7
 DOWN = ("from high to low", "in descending order", "highest first")
 UP = ("from low to high", "in ascending order", "lowest first")
 VERBS = ("Show", "List", "Give", "Find", "Return")
@@ -97,7 +101,7 @@ class Draw:
     def compare(self, table: Table, but=(), within: Table | None = None) -> Condition:
         """A number against a value that occurs, by >, >=, < or <=; within: the table that qualifies the column."""
         column = self.column(table, "number", "year", but=but)
-        value, operator = self.value(table, column), self.one(COMPARE)
+        value, operator = self.value(table, column), self.one(OPERATORS)
         tree = binary(operator, col(column, within), literal(value))
         return Condition(column, tree, self.one(COMPARE[operator]).format(v=value))
 

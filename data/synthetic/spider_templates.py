@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from .spider_domains import Column, Table
-from .spider_grammar import AGGREGATES, COMPARE, DOWN, UP, Condition, Draw, an
+from .spider_grammar import AGGREGATES, DESCENDING, DOWN, FUNCTIONS, OPERATORS, UP, Condition, Draw, an
 from .spider_trees import average_of, binary, call, col, inside, joined, literal, ordered, select
 from .spider_trees import count as counted
 
@@ -194,7 +194,7 @@ def count_distinct_filter(d: Draw):
 def _function(d: Draw, t: Table, but=()) -> tuple[str, Column]:
     """An aggregate function and a column that it suits: years have no sum and no mean."""
     n = d.column(t, "number", "year")
-    return d.one(f for f in AGGREGATES if f not in but and (n.kind == "number" or f in ("Min", "Max"))), n
+    return d.one(f for f in FUNCTIONS if f not in but and (n.kind == "number" or f in ("Min", "Max"))), n
 
 
 def _aggregate(d: Draw, such: Callable):
@@ -264,7 +264,7 @@ def group_aggregate(d: Draw):
 def group_having(d: Draw):
     t = d.table()
     c = d.column(t, "text", "year", complete=True)
-    value, operator = d.one(sorted(set(Counter(t.values(c)).values()))), d.one(COMPARE)
+    value, operator = d.one(sorted(set(Counter(t.values(c)).values()))), d.one(OPERATORS)
     size = {"GT": "more than {}", "GTE": "at least {}", "LT": "less than {}", "LTE": "at most {}"}[operator]
     patterns = (
         "Which {c} values have {size} {ts}?",
@@ -279,7 +279,7 @@ def group_having(d: Draw):
 def group_top(d: Draw):
     t = d.table()
     c = d.column(t, "text", "year", complete=True)
-    descending = d.random.random() < 0.6
+    descending = d.random.random() < DESCENDING
     patterns = (
         "Which {c} has the {most} {ts}?",
         "{Verb} the {c} with the {most} {ts}.",
@@ -299,7 +299,7 @@ def _sorted(d: Draw, two: bool):
     columns = [d.column(t, but=(n,))]
     if two:
         columns.append(d.column(t, but=(n, *columns)))
-    descending = d.random.random() < 0.5
+    descending = d.random.random() < DESCENDING
     patterns = (
         "{Verb} the {c} of every {t}, sorted by {n} {way}.",
         "Sort the {ts} by {n} {way} and give the {c} of each.",
@@ -322,7 +322,7 @@ def top_one(d: Draw):
     t = d.table()
     n = d.column(t, "number", "year", complete=True)
     c = d.column(t, but=(n,))
-    descending = d.random.random() < 0.5
+    descending = d.random.random() < DESCENDING
     patterns = (
         "{Verb} the {c} of the {t} with the {most} {n}.",
         "What is the {c} of the {t} that has the {most} {n}?",
@@ -338,7 +338,7 @@ def _top(d: Draw, such: Callable):
     n = d.column(t, "number", "year", complete=True)
     where = such(t, n)
     c = d.column(t, but=(n, where.column) if where else (n,))
-    descending, k = d.random.random() < 0.5, d.random.randint(2, 5)
+    descending, k = d.random.random() < DESCENDING, d.random.randint(2, 5)
     most, way = d.one(AGGREGATES["Max" if descending else "Min"]), (DOWN if descending else UP)[2]
     patterns = (
         "{Verb} the {c} of the {k} {ts}{w} with the {most} {n}, {way}.",

@@ -320,9 +320,7 @@ def test_a_recipe_that_needs_what_the_trainer_cannot_give_is_refused(ours):
 
 
 def test_fewer_prompts_than_a_generation_batch_are_refused(ours):
-    with pytest.raises(
-        ConfigError, match=r"3 training prompts are fewer than the 4 .*_step=2 x steps_per_batch=2"
-    ):
+    with pytest.raises(ConfigError, match=r"3 training prompts are fewer than the 4 .*_step=2 x steps_per_batch=2"):
         ours(config=settings(parts=2), prompts=PROMPTS[:3])
     ours(config=settings(parts=2), prompts=PROMPTS[:4])
 

@@ -1,0 +1,82 @@
+"""The rows of a run: training, validation and test, from DATA= or from the offline folder, which is made if it is not there."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from core import app as apps
+from core.app import App, Row
+from core.config import Config, ConfigError
+from core.run import evaluate as ev
+from core.run.progress import Progress
+
+
+class Split:
+    """Training, validation and test rows. Validation clusters are taken out of the training ones; test is never touched."""
+
+    def __init__(self, app: App, config: Config, progress: Progress):
+        source = data_folder(app, config, progress)
+        splits = app.load(source)
+        for key in (config.data.train, config.data.test):
+            if key not in splits:
+                raise ConfigError(apps.unknown(f"split in {source}:", key, splits))
+        options = config.task
+        shuffle = random.Random(config.run.seed).shuffle
+        train = list(splits[config.data.train])
+        test = list(splits[config.data.test])
+        shuffle(train)
+        if config.data.test_rows:
+            shuffle(test)
+        keys = sorted({str(row[app.cluster]) for row in train}) if app.cluster else []
+        shuffle(keys)
+        held = set(keys[: round(len(keys) * config.data.validation_share)])
+        validation = [row for row in train if held and str(row[app.cluster]) in held]
+        train = [row for row in train if not (held and str(row[app.cluster]) in held)]
+        self.train: list[Row] = apps.prepare(app, train[: config.data.train_rows], options)
+        self.validation: list[Row] = apps.prepare(app, validation[: config.evaluate.validation_rows], options)
+        self.test: list[Row] = apps.prepare(app, test[: config.data.test_rows], options)
+        if not self.train or not self.test:
+            raise ConfigError(
+                f"{source}: split {config.data.train} has {len(self.train)} rows and {config.data.test} "
+                f"{len(self.test)}; both need some"
+            )
+        progress.note(
+            f"data: {source}: {len(self.train)} training, {len(self.validation)} validation, {len(self.test)} test rows"
+        )
+
+
+def data_folder(app: App, config: Config, progress: Progress) -> Path:
+    """DATA as given, or the offline folder of this seed, written if it is not there yet."""
+    if config.data.folder:
+        if not Path(config.data.folder).is_dir():
+            raise ConfigError(f"DATA={config.data.folder} is not a folder; see data/README.md for the layout")
+        return Path(config.data.folder)
+    folder = offline_folder(app, config.run.seed)
+    if not folder.exists():
+        progress.phase(f"writing the offline data to {folder}")
+        app.write_offline(folder, config.run.seed)
+    return folder
+
+
+def offline_folder(app: App, seed: int) -> Path:
+    return Path("runs") / "data" / f"{app.name}-{seed}"
+
+
+def check_gold(app: App, judge: ev.Judge, data: Split, progress: Progress, rows: int = 64) -> None:
+    """Gold must score 1 on the outcome before training starts: a reward that fails gold would teach the wrong thing."""
+    chosen = (data.train[:rows], data.test[:rows])
+    for part in chosen:
+        judge.rewards.check_columns(part[0])
+        judge.metrics.check_columns(part[0])
+        scores = judge.rewards.score([app.gold(row) for row in part], part)
+        k = judge.rewards.names.index(app.outcome)
+        wrong = [i for i, value in enumerate(scores.values[:, k]) if not value >= 1]
+        if wrong:
+            i = wrong[0]
+            raise ConfigError(
+                f"the gold answer of row {part[i]['id']} scores {scores.values[i, k]} on {app.outcome} "
+                f"({scores.reasons[i].get(app.outcome, '')}), and so do {len(wrong)} of {len(part)} rows; "
+                f"run make check APP={app.name}"
+            )
+    progress.note(f"gold scores 1 on {app.outcome} for {sum(map(len, chosen))} of {sum(map(len, chosen))} rows tried")

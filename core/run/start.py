@@ -1,0 +1,115 @@
+"""The policy that GRPO starts from: a model as it is, or after a supervised start that is made once and cached.
+
+The cache key is a hash of everything the start depends on, so runs that differ only in reinforcement share one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from core.config import Config
+from core.policy import language, tiny
+from core.run import evaluate as ev
+from core.run.progress import Progress
+from core.run.splits import Split
+from core.train.warmup import cache_key, imitate
+
+
+def start(app, config: Config, data: Split, judge: ev.Judge, progress: Progress):
+    """The policy that GRPO starts from, its tokenizer, and how it came to be ({curve, seconds, path, distance})."""
+    if config.model.path != "tiny" and config.warmup.labels == "none":
+        model, tokenizer = language.load(config.model)
+        return model, tokenizer, {"curve": [], "seconds": 0.0, "path": config.model.path, "distance": distance(model)}
+    key = cache_key(
+        app.name,
+        asdict(config.model),
+        asdict(config.warmup),
+        asdict(config.data),
+        config.as_dict()["task"],
+        config.run.seed,
+        config.rollout.max_completion_length,
+    )
+    cache = Path("runs") / "warmup" / f"{app.name}-{key}"
+    if not (cache / "warmup.json").exists():
+        build_start(app, config, data, cache, judge, progress)
+    model, tokenizer = language.load(config.model, cache)
+    note = json.loads((cache / "warmup.json").read_text())
+    return model, tokenizer, {**note, "path": str(cache), "distance": distance(model)}
+
+
+def build_start(app, config: Config, data: Split, cache: Path, judge: ev.Judge, progress: Progress) -> None:
+    """Train the warm start and write it to `cache`, whole or not at all."""
+    warmup, seed, began = config.warmup, config.run.seed, time.monotonic()
+    rows = data.train[: warmup.rows]
+    labels = app.demonstrations(rows, seed) if warmup.labels == "demonstrations" else [app.gold(row) for row in rows]
+    if config.model.path == "tiny":
+        texts = [json.dumps(row["prompt"]) if isinstance(row["prompt"], list) else row["prompt"] for row in rows]
+        tokenizer = tiny.build_tokenizer([p + a for p, a in zip(texts, labels, strict=True)], config.model.vocabulary)
+        shape = {"width": config.model.width, "layers": config.model.layers, "heads": config.model.heads}
+        model = tiny.build_model(tokenizer, **shape, seed=seed)
+    else:
+        model, tokenizer = language.load(config.model)
+    scores, _ = ev.grade(judge, rows, labels)
+    headline = next(iter(app.metrics))
+    facts = {"labels": warmup.labels, "rows": len(rows), "label_accuracy": float(np.nanmean(scores[headline]))}
+    progress.note(f"demonstrations: {len(rows)}, of which {facts['label_accuracy']:.1%} are right; none is filtered")
+    progress.phase("warm start", warmup.steps)
+    curve: list[dict[str, Any]] = []
+
+    def on_log(step: int, metrics: dict[str, Any]) -> None:
+        point = {"step": step, "loss": metrics["loss"]}
+        if data.validation and (len(curve) % 4 == 3 or step == warmup.steps):
+            point["metric"] = ev.evaluate(model, tokenizer, judge, data.validation, config).mean(headline)
+        curve.append(point)
+        progress.update(step, metrics | ({f"eval/{headline}": point["metric"]} if "metric" in point else {}))
+
+    imitate(
+        model,
+        tokenizer,
+        [row["prompt"] for row in rows],
+        labels,
+        steps=warmup.steps,
+        batch_size=warmup.batch_size,
+        lr=warmup.lr,
+        prompt_loss=warmup.prompt_loss,
+        seed=seed,
+        output=cache.parent / "sft",
+        on_log=on_log,
+    )
+    part = cache.with_name(f".{cache.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    facts |= {"curve": curve, "seconds": round(time.monotonic() - began, 2)}
+    (part / "warmup.json").write_text(json.dumps(facts))
+    shutil.rmtree(cache, ignore_errors=True)
+    part.rename(cache)
+
+
+def distance(model):
+    """A function that says how far another model's weights are from this one's: |change| / |weights|."""
+    origin = (
+        {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+        if sum(p.numel() for p in model.parameters()) < 5e7
+        else {}
+    )
+
+    def measure(other) -> float | None:
+        if not origin:
+            return None
+        moved = [
+            (p.detach().cpu() - origin[name]).square().sum() for name, p in other.named_parameters() if name in origin
+        ]
+        return float(
+            torch.stack(moved).sum().sqrt() / torch.stack([p.square().sum() for p in origin.values()]).sum().sqrt()
+        )
+
+    return measure

@@ -1,0 +1,195 @@
+"""core.config: strict sections, overrides, what `trainer:` may not decide, and the arithmetic of a batch."""
+
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+from typing import Literal
+
+import pytest
+from trl import GRPOConfig
+
+from core.config import OWNED, Batch, Config, ConfigError, batch, load, resolve, run_name
+
+
+@dataclass(frozen=True)
+class Options:
+    template: Literal["plain", "fenced"] = "plain"
+    words: int = 3
+
+
+APP = SimpleNamespace(
+    name="toy", options=Options, tasks={"hard": {"optim.lr": 0.5, "task.words": 9}, "easy": {"optim.lr": 0.1}}
+)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Loads a config from YAML text."""
+
+    def from_text(text="", *overrides, **options):
+        path = tmp_path / "tiny.yaml"
+        path.write_text(text)
+        return load(APP, path, overrides, **options)
+
+    return from_text
+
+
+def test_an_empty_file_is_all_defaults(config):
+    assert config() == Config(task=Options())
+    assert config().objective == {"recipe": "grpo"}
+    assert config("objective: {beta: 0.1}").objective == {"recipe": "grpo", "beta": 0.1}
+
+
+def test_file_then_task_then_override_then_setting(config):
+    text = "optim: {lr: 0.9, steps: 7}\ntask: {words: 1}"
+    assert config(text).optim.lr == 0.9
+    assert config(text, task="hard").optim.lr == 0.5
+    assert config(text, task="hard").task == Options(words=9)
+    assert config(text, "optim.lr=0.3", task="hard").optim.lr == 0.3
+    last = config(text, "optim.lr=0.3", task="hard", optim__lr=0.2, model__path=None)
+    assert (last.optim.lr, last.optim.steps, last.model.path) == (0.2, 7, "tiny")
+
+
+def test_an_override_reaches_into_a_section_that_passes_anything(config):
+    overrides = ("rewards.weights.b=2", "objective.recipe=[gdpo, gspo]", "trainer.top_entropy_quantile=0.5")
+    made = config("rewards: {weights: {a: 1}}", *overrides)
+    assert made.rewards.weights == {"a": 1.0, "b": 2.0}
+    assert made.objective["recipe"] == ["gdpo", "gspo"]
+    assert made.trainer == {"top_entropy_quantile": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("optim.lr=1e-5", 1e-5),  # YAML reads 1e-5 as text
+        ("optim.lr=1", 1.0),
+        ("optim.steps=3.0", 3),
+        ("optim.micro_batch=4", 4),
+        ("optim.micro_batch=", None),
+        ("data.folder=2024", "2024"),
+        ("run.force_cpu=true", True),
+        ("run.control=random_rewards", "random_rewards"),
+    ],
+)
+def test_a_value_becomes_its_field_s_type(config, override, value):
+    section, name = override.partition("=")[0].split(".")
+    got = getattr(getattr(config("", override), section), name)
+    assert got == value
+    assert type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "sentence"),
+    [
+        ("optimiser: {lr: 1}", (), "unknown section 'optimiser'; did you mean 'optim'"),
+        ("optim: {step: 1}", (), "unknown key in section optim 'step'; did you mean 'steps'"),
+        ("task: {templat: plain}", (), "did you mean 'template'"),
+        ("task: {template: fancy}", (), "unknown value of task.template: 'fancy'"),
+        ("optim: 3", (), "optim must be a section of keys, not 3"),
+        ("objective: [grpo]", (), "objective must be a section of keys"),
+        ("- a", (), "must be a mapping of sections, not list"),
+        ("a: [", (), "tiny.yaml is not valid YAML"),
+        ("", ("optim.lr",), "override 'optim.lr' is not of the form section.key=value"),
+        ("", ("lr=1",), "override 'lr' names no section"),
+        ("", ("optim.lr=fast",), "optim.lr='fast' is not of type float"),
+        ("", ("optim.lr=true",), "optim.lr=True is not of type float"),
+        ("", ("optim.steps=1.5",), "optim.steps=1.5 is not of type int"),
+        ("", ("optim.steps=",), "optim.steps=None is not of type int"),
+        ("", ("run.force_cpu=1",), "run.force_cpu=1 is not of type bool"),
+        ("", ("rewards.weights.a=much",), "rewards.weights.a='much' is not of type float"),
+        ("", ("rollout.group_size=1",), "rollout.group_size=1 is below its least value 2"),
+        ("", ("optim.lr=0",), "optim.lr=0.0 must be above 0"),
+        ("", ("optim.lr=.nan",), "optim.lr=nan must be above 0"),
+        ("", ("data.validation_share=1",), "must lie in \\[0, 1\\)"),
+        ("", ("objective=1",), "names no section"),
+    ],
+)
+def test_a_mistake_is_a_sentence(config, text, overrides, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        config(text, *overrides)
+
+
+def test_a_missing_file_and_an_unknown_task_name_what_there_is(config, tmp_path):
+    config()
+    with pytest.raises(ConfigError, match=r"no config huge.yaml in apps/toy; there are: tiny"):
+        load(APP, tmp_path / "huge.yaml")
+    with pytest.raises(ConfigError, match="unknown TASK 'hards'; did you mean 'hard'"):
+        config(task="hards")
+    with pytest.raises(ConfigError, match="app toy has no TASK= to choose"):
+        load(SimpleNamespace(name="toy", options=Options, tasks={}), tmp_path / "tiny.yaml", task="hard")
+
+
+@pytest.mark.parametrize("name", sorted(OWNED))
+def test_a_field_that_a_section_owns_is_refused_with_the_key_to_use(config, name):
+    assert name in GRPOConfig.__dataclass_fields__
+    with pytest.raises(ConfigError) as refused:
+        config(f"trainer: {{{name}: 1}}")
+    assert str(refused.value) == f"trainer.{name} is decided elsewhere; set {OWNED[name]} instead"
+
+
+def test_the_key_to_use_exists():
+    from core.objective.recipes import RECIPES
+
+    options = {"recipe", *(name for recipe in RECIPES.values() for name in recipe.options)}
+    sections = {field.name: field.type for field in fields(Config)}
+    for instead in OWNED.values():
+        for key in instead.split(" (")[0].split(" and "):
+            section, _, name = key.partition(".")
+            if section == "objective":
+                assert name in options
+            elif key != "RUN=":
+                assert name in {field.name for field in fields(getattr(Config(task=None), section))}, key
+                assert section in sections
+
+
+def test_the_resolved_config_reads_back_as_itself(config):
+    made = config("task: {words: 4}\nrewards: {weights: {a: 1}}", "optim.lr=1e-5", "trainer.top_entropy_quantile=0.5")
+    assert resolve(APP, made.as_dict()) == made
+
+
+# -- the batch
+
+
+def of(prompts=8, group=8, micro=None, parts=1, passes=1):
+    rollout = {"prompts_per_step": prompts, "group_size": group, "steps_per_batch": parts, "iterations": passes}
+    return resolve(APP, {"rollout": rollout, "optim": {"micro_batch": micro}})
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(8, 8, None, 1), (8, 8, 4, 2), (4, 6, 2, 3), (4, 2, 1, 1)])
+def test_every_rank_gets_whole_groups_and_a_step_gets_all_its_rollouts(shape, ranks):
+    (prompts, group, _, parts), made = shape, batch(of(*shape), ranks)
+    assert made.micro * made.accumulation * ranks == made.rollouts == prompts * group
+    assert made.generation == made.rollouts * parts
+    assert made.generation // ranks % group == 0
+
+
+def test_the_line_says_the_derivation():
+    assert batch(of(8, 8, 16), 2).line() == (
+        "8 prompts x 8 completions = 64 rollouts a step; 2 ranks x 2 micro-batches of 16; fresh rollouts every step"
+    )
+    assert batch(of(2, 4, None, 2, 3)).line().endswith("16 rollouts sampled at once for 6 steps (2 parts x 3 passes)")
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "sentence"),
+    [
+        (
+            {"micro": 12},
+            1,
+            "=12 does not divide the 64 rollouts of a rank .*use one of 1, 2, 4, 8, 16, 32, 64",
+        ),
+        ({"micro": 64}, 2, "does not divide the 32 rollouts of a rank"),
+        ({"micro": 0}, 1, "optim.micro_batch=0 does not divide"),
+        ({"prompts": 3}, 2, "prompts_per_step=3 x steps_per_batch=1 does not divide over 2 ranks; .*multiple of 2"),
+        ({"prompts": 1, "group": 3, "parts": 2}, 2, "3 rollouts a step do not divide over 2 ranks"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_refused_with_what_would(settings, ranks, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        batch(of(**settings), ranks)
+
+
+def test_run_names():
+    assert run_name("tiny", None, 0) == "tiny-s0"
+    assert run_name("gpu", "hard", 3) == "gpu-hard-s3"
+    assert isinstance(batch(of()), Batch)

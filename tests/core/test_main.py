@@ -1,0 +1,148 @@
+"""core.main: every mistake of a new user is one sentence and exit code 2; and what the Makefile's options become."""
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+import torch
+
+from core import app as apps
+from core import config as configs
+from core.main import COMMANDS, HELP, command, main, parser, resolved, run_path
+from core.run.folder import RunFolder
+
+SQL = "--app=text_to_sql"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """Every command runs in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DEBUG", raising=False)
+    return tmp_path
+
+
+def refused(capsys, *arguments):
+    """The sentence that a command ends with."""
+    assert main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    return error
+
+
+def test_every_command_has_a_help_line_and_a_function():
+    assert set(COMMANDS) == set(HELP)
+    with pytest.raises(SystemExit) as ended:
+        parser().parse_args(["fly"])
+    assert ended.value.code == 2
+
+
+def test_a_dry_run_prints_config_and_batch_and_touches_nothing(capsys, home):
+    assert main(["train", SQL, "--dry-run", "--seed", "3", "--set", "optim.lr=1e-5 rollout.group_size=4"]) == 0
+    shown = capsys.readouterr().out
+    assert "lr: 1.0e-05" in shown
+    assert "seed: 3" in shown
+    assert "prompts x 4 completions = " in shown.splitlines()[-1]
+    assert list(home.iterdir()) == []
+
+
+def test_apps_and_recipes_are_listed(capsys):
+    assert main(["apps"]) == 0
+    assert "text_to_sql" in capsys.readouterr().out
+    assert main(["recipes"]) == 0
+    assert "dr_grpo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train", "--app", "text_to_sq"], "did you mean 'text_to_sql'"),
+        (["train", SQL, "--config", "huge"], "no config huge.yaml in apps/text_to_sql; there are: "),
+        (["train", SQL, "--task", "hard"], "TASK"),
+        (["train", SQL, "--set", "optim.lrr=1"], "unknown key in section optim 'lrr'; did you mean 'lr'"),
+        (["train", SQL, "--set", "task.template=fence"], "did you mean 'fenced'"),
+        (["train", SQL, "--set", "trainer.beta=0.1"], "set objective.beta instead"),
+        (["train", SQL, "--set", "objective.recipe=drgrpo"], "did you mean 'dr_grpo'"),
+        (["train", SQL, "--set", "objective.epsilon_hihg=1"], "did you mean 'epsilon_high'"),
+        (["train", SQL, "--set", "rewards.weights.executs=1"], "did you mean 'executes'"),
+        (["train", SQL, "--set", "rewards.preset=reasoning"], "did you mean 'reasoning_sql'"),
+        (["train", SQL, "--set", "optim.micro_batch=7"], "optim.micro_batch=7 does not divide the 64 rollouts"),
+        (["train", SQL, "--data", "nowhere"], "DATA=nowhere is not a folder; see data/README.md"),
+        (["train", SQL, "--set", "run.needs_gpu=true", "--model", "Qwen/Q-7B"], "about"),
+        (["eval", SQL, "--run", "other"], "runs/text_to_sql/other holds no trained model; run make train"),
+        (["eval", SQL, "--model", "nowhere"], "MODEL=nowhere cannot be loaded"),
+        (["report", SQL], "has no finished run; run make train APP=text_to_sql first"),
+        (["predict", SQL, "--input", "none.jsonl", "--output", "o"], "INPUT=none.jsonl does not exist"),
+    ],
+)
+def test_a_mistake_is_one_sentence(capsys, arguments, sentence):
+    assert sentence in refused(capsys, *arguments)
+
+
+def test_an_app_s_missing_extra_is_named(capsys, monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError("No module named 'sqlglot'", name="sqlglot")
+
+    monkeypatch.setattr(apps.importlib, "import_module", missing)
+    assert "needs the package 'sqlglot'" in refused(capsys, "check", SQL)
+
+
+def test_several_gpus_without_a_launcher_are_refused(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert "2 GPUs are visible but there is no launcher" in refused(capsys, "train", SQL)
+
+
+def test_a_folder_that_is_no_spider_folder_is_refused(capsys, home):
+    (home / "data").mkdir()
+    assert str(home / "data") in refused(capsys, "train", SQL, "--data", home / "data")
+
+
+def test_a_request_that_cannot_be_read_is_named_by_its_line(capsys, home):
+    base = sqlite3.connect(home / "d.sqlite")
+    base.execute("CREATE TABLE a (b)")
+    base.close()
+    (home / "in.jsonl").write_text(f'{{"question": "?", "database": "{home}/d.sqlite"}}\n\n{{"question": "?"}}\n')
+    error = refused(capsys, "predict", SQL, "--input", "in.jsonl", "--output", "out.jsonl")
+    assert "in.jsonl, line 3: KeyError: 'database'" in error
+
+
+def test_after_a_refused_config_the_mended_one_may_use_the_same_run(home):
+    """A typo must not ask for FRESH=1; a run with work in it must."""
+    path = home / "runs" / "run"
+    RunFolder.open(path, {"recipe": "grop"}).close()
+    run = RunFolder.open(path, {"recipe": "grpo"})
+    assert run.config == {"recipe": "grpo"}
+    run.log_metrics(0, {"eval/x": 1.0})
+    run.close()
+    with pytest.raises(ValueError, match="holds a run with another config"):
+        RunFolder.open(path, {"recipe": "dapo"})
+
+
+def test_a_bug_keeps_its_traceback_and_debug_shows_every_other(monkeypatch):
+    monkeypatch.setitem(COMMANDS, "apps", lambda options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["apps"])
+    monkeypatch.setenv("DEBUG", "1")
+    with pytest.raises(configs.ConfigError):
+        main(["report", SQL])
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
+    def stop(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "apps", stop)
+    assert main(["apps"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_where_a_run_lives_and_the_command_that_does_it_again():
+    options = parser().parse_args(["train", SQL, "--seed", "2", "--set", "optim.lr=0.1 optim.steps=3"])
+    app, config = resolved(options)
+    assert run_path(options, app, config) == Path("runs/text_to_sql/tiny-s2")
+    assert command(options) == "make train APP=text_to_sql SEED=2 SET='optim.lr=0.1 optim.steps=3'"
+    for run, path in (("mine", "runs/text_to_sql/mine"), ("a/b", "a/b")):
+        options.run = run
+        assert run_path(options, app, config) == Path(path)

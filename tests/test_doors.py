@@ -3,6 +3,7 @@
 import ast
 import sys
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -69,11 +70,14 @@ def test_no_file_has_a_name_that_says_nothing():
     assert not [path for path in FILES if VAGUE & {*path.parts, path.stem}]
 
 
-def test_the_packages_of_pyproject_are_the_folders_on_disk():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert sorted(project["tool"]["setuptools"]["packages"]) == sorted({".".join(p.parent.parts) for p in FILES})
-    folders = {p.parent for p in FILES}
-    assert not [folder for folder in folders if not (ROOT / folder / "__init__.py").exists()]
+def test_pyproject_installs_the_four_rooms_and_nothing_else():
+    include = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    packages = {str(p.relative_to(ROOT)).replace("/", ".") for p in ROOT.iterdir() if p.is_dir()}
+    packages |= {".".join(p.parent.parts) for p in FILES}
+    found = {name for name in packages if any(fnmatch(name, pattern) for pattern in include)}
+    assert {name.split(".")[0] for name in found} == set(ROOMS)
+    assert found >= {".".join(p.parent.parts) for p in FILES}
+    assert not [folder for folder in {p.parent for p in FILES} if not (ROOT / folder / "__init__.py").exists()]
 
 
 def test_tests_are_no_packages_and_core_runs_nothing_when_imported():

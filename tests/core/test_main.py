@@ -80,6 +80,11 @@ def test_a_mistake_is_one_sentence(capsys, arguments, sentence):
     assert sentence in refused(capsys, *arguments)
 
 
+def test_a_new_app_needs_a_fresh_name_that_python_can_import(capsys):
+    assert "text_to_sql" in refused(capsys, "new", SQL)
+    assert "2-words" in refused(capsys, "new", "--app", "2-words")
+
+
 def test_an_app_s_missing_extra_is_named(capsys, monkeypatch):
     def missing(name):
         raise ModuleNotFoundError("No module named 'sqlglot'", name="sqlglot")

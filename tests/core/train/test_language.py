@@ -282,6 +282,23 @@ def test_a_failed_check_leaves_its_row_out_and_the_rest_of_its_group_as_if_it_ha
     assert logged(trainer, "reward_failures/unsure_of_some")[0] == batches[0]["keep"].count(0.0)
 
 
+def test_counts_are_those_of_the_step_and_not_of_the_generation_batch(ours):
+    """Two steps from one generation batch, two micro-batches each; TRL itself takes the batch's average instead."""
+    seen = []
+
+    def counting(per_decision, rows):
+        seen.append((rows.counts.tokens, rows.counts.rows, int(rows.loss_mask.sum()), len(rows.mask)))
+        return reduce_loss(per_decision, rows, reduction="token_mean")
+
+    train(ours(replace(RECIPES["dapo"], reduce=counting), settings(parts=2, passes=1)))
+    steps = [seen[i : i + 2] for i in range(0, 2 * STEPS, 2)]
+    for parts in steps:
+        assert {(tokens, rows) for tokens, rows, *_ in parts} == {
+            (sum(part[2] for part in parts), sum(part[3] for part in parts))
+        }
+    assert len({parts[0][0] for parts in steps}) > 1
+
+
 def test_rollouts_come_grouped_by_prompt_with_scores_and_row_ids(ours):
     batches = []
     train(ours(on_rollouts=lambda step, columns: batches.append((step, columns))))

@@ -29,32 +29,33 @@ from core.run.summary import git_revision
 from core.run.train import Setup, Split, run_training
 from core.train.warmup import imitate, quiet
 
-CONTROLS = ("shuffled_advantages", "random_rewards")
-
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parse.add_argument("--app", required=True)
     parse.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parse.add_argument(
+        "--rival-seeds", type=int, nargs="*", help="seeds of random rewards and rivals (default: the first)"
+    )
     options = parse.parse_args()
     app = apps.find(options.app)
-    runs, controls = [], {}
-    for seed in options.seeds:
-        reference = train(app, seed)
-        runs.append(reference)
-        for control in CONTROLS:
-            controls.setdefault(control, []).append(train(app, seed, control))
-        for name, summary in rivals(app, seed, reference).items():
-            controls.setdefault(name, []).append(summary)
-        results = {
-            "runs": runs,
-            "controls": controls,
-            "studies": {},
-            "command": f"make results APP={app.name}",
-            "git": git_revision(),
-        }
-        RunFolder("results").write_json(f"{app.name}.json", results)
+    runs: list[dict] = []
+    controls: dict[str, list[dict]] = {}
+
+    def write() -> None:
+        results = {"runs": runs, "controls": controls, "studies": {}, "command": f"make results APP={app.name}"}
+        RunFolder("results").write_json(f"{app.name}.json", {**results, "git": git_revision()})
         draw(app.name, results)
+
+    for seed in options.seeds:
+        runs.append(train(app, seed))
+        controls.setdefault("shuffled advantages", []).append(train(app, seed, "shuffled_advantages"))
+        write()
+    for seed in options.seeds[:1] if options.rival_seeds is None else options.rival_seeds:
+        controls.setdefault("random rewards", []).append(train(app, seed, "random_rewards"))
+        for name, summary in rivals(app, seed, next(run for run in runs if run["seed"] == seed)).items():
+            controls.setdefault(name, []).append(summary)
+        write()
 
 
 def load(app, seed: int, **settings):

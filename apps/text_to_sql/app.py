@@ -27,6 +27,10 @@ class Options:
     schema_format: Literal["compact", "ddl"] = "compact"
 
 
+# The published weights with an LLM in the judge's slot: JUDGE_URL, JUDGE_MODEL and JUDGE_API_KEY in the environment.
+JUDGED = {("judge" if name == "structure_match_if_wrong" else name): w for name, w in rewards.REASONING_SQL.items()}
+
+
 def composite(weights: dict[str, float]) -> dict:
     """{component: (weight, reward)}: a component is called as the function that computes it."""
     return {name: (weight, getattr(rewards, name)) for name, weight in weights.items()}
@@ -97,7 +101,7 @@ APP = App(
     part=part,
     gold=prompts.answer,
     rewards=composite(rewards.ORDERED),
-    presets={"reasoning_sql": composite(rewards.REASONING_SQL)},
+    presets={"reasoning_sql": composite(rewards.REASONING_SQL), "llm_judge": composite(JUDGED)},
     outcome="execution_match",
     warnings=warnings,
     metrics={

@@ -18,6 +18,7 @@ from core.run.progress import Progress
 from core.run.splits import Split, data_folder
 from core.run.summary import evaluation_json
 from core.run.train import refuse_machine
+from core.train.warmup import quiet
 
 
 def policy(app: App, config: Config, model: str | None, run: Path) -> tuple[Any, Any, Path]:
@@ -33,7 +34,7 @@ def policy(app: App, config: Config, model: str | None, run: Path) -> tuple[Any,
 def run_evaluation(app: App, config: Config, model_path: str | None, run: Path, split: str | None) -> int:
     """Score the policy on a split, print the table, write eval-<split>.json beside the model (or in runs/ for a foreign one)."""
     refuse_machine(config)
-    with Progress(0, app.name) as progress:
+    with quiet(), Progress(0, app.name) as progress:
         model, tokenizer, source = policy(app, config, model_path, run)
         splits = app.load(data_folder(app, config, progress))
         split = split or config.data.test
@@ -86,7 +87,8 @@ def run_prediction(app: App, config: Config, model_path: str | None, run: Path, 
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{source}, line {number}: {type(error).__name__}: {error}") from error
     rows = prepare(app, requests, config.task)
-    model, tokenizer, _ = policy(app, config, model_path, run)
+    with quiet():
+        model, tokenizer, _ = policy(app, config, model_path, run)
     sampling = Sampling(config.rollout.max_completion_length, batch_size=config.evaluate.batch_size)
     completions, _ = complete(model, tokenizer, [row["prompt"] for row in rows], sampling)
     lines = [

@@ -234,7 +234,9 @@ class Follow(TrainerCallback):
     def __init__(self, app, config, data, folder, judge, progress, tokenizer, setup):
         self.app, self.config, self.data, self.folder, self.judge = app, config, data, folder, judge
         self.progress, self.tokenizer, self.setup = progress, tokenizer, setup
-        self.health = Health(metric=setup.headline, updates_per_batch=setup.batch.steps_per_batch * setup.batch.iterations)
+        self.health = Health(
+            metric=setup.headline, updates_per_batch=setup.batch.steps_per_batch * setup.batch.iterations
+        )
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step == 0:

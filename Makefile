@@ -1,5 +1,5 @@
 # One command a job; each sets itself up on a fresh machine and reinstalls nothing the second time.
-#   make train APP=text_to_sql [CONFIG=gpu DATA=<folder> MODEL=<folder or hub id> TASK= SEED= RUN= FRESH=1 GPUS=n SET="key=value ..."]
+#   make train APP=text_to_sql [CONFIG=gpu DATA=<folder> MODEL=<folder or hub id> TASK= SEED= RUN= FRESH=1 SET="key=value ..."]
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -9,13 +9,16 @@ BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 # Offline unless a real model is asked for by hub id.
-export HF_HUB_OFFLINE := $(if $(filter-out tiny,$(CONFIG)),$(if $(OFFLINE),1,0),1)
+export HF_HUB_OFFLINE := $(if $(filter-out tiny,$(CONFIG)),0,1)
 export OMP_NUM_THREADS ?= 1
 
-EXTRAS = $(shell sed -n 's/^ *extras=(\(.*\)),$$/\1/p' apps/$(APP)/app.py | tr -d '" ' | sed 's/,$$//')
+EXTRAS = $(shell sed -n 's/^ *extras=(\(.*\)),$$/\1/p' apps/$(APP)/app.py 2>/dev/null | tr -d '" ' | sed 's/,$$//')
 OPTIONS = --app $(APP) $(if $(CONFIG),--config $(CONFIG)) $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
           $(if $(TASK),--task $(TASK)) $(if $(SEED),--seed $(SEED)) $(if $(RUN),--run "$(RUN)") $(if $(SET),--set '$(SET)')
-LAUNCH = $(if $(filter-out 0 1,$(GPUS)),$(BIN)/torchrun --standalone --nproc_per_node $(GPUS) -m core.main,$(BIN)/python -P -m core.main)
+RUN_CORE = $(BIN)/python -P -m core.main
+ifneq ($(filter-out 0 1,$(GPUS)),)
+$(error GPUS=$(GPUS): a run is one process on one GPU so far; leave GPUS out, and choose the GPU with CUDA_VISIBLE_DEVICES)
+endif
 
 .PHONY: help setup train eval predict report check apps recipes new test test-slow lint results bench clean
 help:  ## print these lines
@@ -24,28 +27,28 @@ help:  ## print these lines
 setup: .venv/.app-$(APP)  ## create .venv and install what APP needs
 
 train: .venv/.app-$(APP)  ## train APP, or go on with the run; prints a before/after table and writes a report
-	$(LAUNCH) train $(OPTIONS) $(if $(FRESH),--fresh)
+	$(RUN_CORE) train $(OPTIONS) $(if $(FRESH),--fresh)
 
 eval: .venv/.app-$(APP)  ## score a run's model (RUN=) or any MODEL on held-out rows (SPLIT=), without training
-	$(BIN)/python -P -m core.main eval $(OPTIONS) $(if $(SPLIT),--split $(SPLIT))
+	$(RUN_CORE) eval $(OPTIONS) $(if $(SPLIT),--split $(SPLIT))
 
 predict: .venv/.app-$(APP)  ## answer the JSON lines of INPUT= with a run's model, into OUTPUT=
-	$(BIN)/python -P -m core.main predict $(OPTIONS) --input "$(INPUT)" --output "$(OUTPUT)"
+	$(RUN_CORE) predict $(OPTIONS) --input "$(INPUT)" --output "$(OUTPUT)"
 
 report: .venv/.app-$(APP)  ## write a finished run's report.html again
-	$(BIN)/python -P -m core.main report $(OPTIONS)
+	$(RUN_CORE) report $(OPTIONS)
 
 check: .venv/.app-$(APP)  ## score APP's gold answers and the attacks on its rewards; loads no model
-	$(BIN)/python -P -m core.main check $(OPTIONS)
+	$(RUN_CORE) check $(OPTIONS)
 
 apps: .venv/.app-$(APP)  ## list the apps
-	@$(BIN)/python -P -m core.main apps
+	@$(RUN_CORE) apps
 
 recipes: .venv/.app-$(APP)  ## list the recipes: what each changes, its source and grade
-	@$(BIN)/python -P -m core.main recipes
+	@$(RUN_CORE) recipes
 
 new: .venv/.app-$(APP)  ## write the two files of a new app, APP=its name
-	$(BIN)/python -P -m core.main new --app $(APP)
+	$(RUN_CORE) new --app $(APP)
 
 test: .venv/.dev  ## the default tests: no network, no GPU, under ten minutes on two cores
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q

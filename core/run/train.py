@@ -134,10 +134,10 @@ def refuse_machine(config: Config) -> None:
     """Raise ConfigError if this machine cannot do what the config asks."""
     torch.set_num_threads(config.run.threads)
     gpus = torch.cuda.device_count()
-    if gpus > 1 and "WORLD_SIZE" not in os.environ:
+    if gpus > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
-            f"{gpus} GPUs are visible but there is no launcher, and one process cannot use them; "
-            f"set GPUS={gpus} to start one process each, or CUDA_VISIBLE_DEVICES=0 to use one"
+            f"{gpus} GPUs are visible and WORLD_SIZE={os.environ.get('WORLD_SIZE', '1')}: a run is one process on one GPU so "
+            f"far; choose the GPU with CUDA_VISIBLE_DEVICES=0 and start without a launcher"
         )
     if config.run.needs_gpu and not gpus and not config.run.force_cpu:
         raise ConfigError(

@@ -96,7 +96,7 @@ def test_an_app_s_missing_extra_is_named(capsys, monkeypatch):
 def test_several_gpus_without_a_launcher_are_refused(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert "2 GPUs are visible but there is no launcher" in refused(capsys, "train", SQL)
+    assert "2 GPUs are visible and WORLD_SIZE=1: a run is one process on one GPU" in refused(capsys, "train", SQL)
 
 
 def test_a_folder_that_is_no_spider_folder_is_refused(capsys, home):

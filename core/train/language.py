@@ -244,7 +244,7 @@ class LanguageTrainer(GRPOTrainer):
                 group_id=inputs.get("group_id"),
                 entropy=entropy,
                 weight=weight,
-                counts=self._counts(inputs, mask),
+                counts=self._counts(inputs),
                 extras={name.removeprefix(EXTRA): value for name, value in inputs.items() if name.startswith(EXTRA)},
             )
         )
@@ -285,23 +285,16 @@ class LanguageTrainer(GRPOTrainer):
             weight = ratio if weight is None else weight * ratio
         return weight, entropy_mask
 
-    def _counts(self, inputs, mask) -> Counts:
+    def _counts(self, inputs) -> Counts:
         """Kept rows and kept tokens of the whole update: every micro-batch of the accumulation window, every rank."""
         window = [inputs]
         if self.model.training:
             size = self.current_gradient_accumulation_steps
             start = self._step % self.args.steps_per_generation // size * size
             window = self._buffered_inputs[start : start + size]
-        rows = (
-            sum(part["keep"].sum() for part in window)
-            if "keep" in inputs
-            else torch.tensor(len(mask), device=mask.device)
-        )
-        tokens = (
-            sum((_loss_mask(part) * part["keep"].unsqueeze(1)).sum() for part in window)
-            if "keep" in inputs
-            else mask.sum()
-        )
+        keeps = [part.get("keep", torch.ones_like(_loss_mask(part)[:, 0])) for part in window]
+        rows = sum(keep.sum() for keep in keeps)
+        tokens = sum((_loss_mask(part) * keep.unsqueeze(1)).sum() for part, keep in zip(window, keeps, strict=True))
         rows, tokens = self.accelerator.reduce(torch.stack([rows.float(), tokens.float()]), reduction="sum").tolist()
         return Counts(rows=rows, tokens=tokens, max_length=self.max_completion_length)
 

@@ -46,6 +46,7 @@ def main() -> None:
         results = {"runs": runs, "controls": controls, "studies": {}, "command": f"make results APP={app.name}"}
         RunFolder("results").write_json(f"{app.name}.json", {**results, "git": git_revision()})
         draw(app.name, results)
+        tell(apps.folder(app.name) / "README.md", results)
 
     for seed in options.seeds:
         runs.append(train(app, seed))
@@ -148,6 +149,46 @@ def rivals(app, seed: int, reference: dict) -> dict[str, dict]:
             measured("imitation of gold on the prompts of RL", model, before)
     RunFolder(cache.parent).write_json(cache.name, found)
     return found
+
+
+MARKS = "<!-- results -->", "<!-- /results -->"
+
+
+def tell(readme: Path, results: dict) -> None:
+    """The tables of the app's README, between its two marks."""
+    head, rest = readme.read_text().split(MARKS[0])
+    tail = rest.split(MARKS[1])[1]
+    metric = results["runs"][0]["metric"]
+    lines = ["", f"### Figures (`{results['command']}`, {results['runs'][0]['n']} held-out rows, {metric}, greedy)", ""]
+    lines += ["| arm | seed | before | after | change, 95 % interval | sampled before, after | update size |"]
+    lines += ["|---" * 7 + "|"]
+    for arm, summaries in {"GRPO": results["runs"], **results["controls"]}.items():
+        for s in summaries:
+            table = {row["name"]: row for row in s.get("table", [])}
+            sampled = table.get(
+                f"{metric}, sampled", {"before": s.get("sampled_before"), "after": s.get("sampled_after")}
+            )
+            pair = "" if sampled["before"] is None else f"{sampled['before']:.3f}, {sampled['after']:.3f}"
+            interval = f" [{s['ci95'][0]:+.3f}, {s['ci95'][1]:+.3f}]" if "ci95" in s else ""
+            size = f"{s['update_size']:.3f}" if s.get("update_size") is not None else ""
+            change = f"{s['after'] - s['before']:+.3f}{interval}"
+            lines.append(f"| {arm} | {s['seed']} | {s['before']:.3f} | {s['after']:.3f} | {change} | {pair} | {size} |")
+    names = list(dict.fromkeys(row["name"].split(" (")[0] for run in results["runs"] for row in run["table"]))
+    lines += ["", "Every line of the runs' own tables, before and after, for each seed:", ""]
+    seeds = [f"seed {run['seed']}" for run in results["runs"]]
+    lines += [f"| | {' | '.join(seeds)} |", "|---" * (len(seeds) + 1) + "|"]
+    for name in names:
+        cells = []
+        for run in results["runs"]:
+            row = next((row for row in run["table"] if row["name"].split(" (")[0] == name), None)
+            cells.append(f"{row['before']:.3f} → {row['after']:.3f}" if row else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name in results["runs"][0]["baselines"]:
+        values = [f"{run['baselines'][name]:.3f}" for run in results["runs"]]
+        lines.append(f"| free: {name} | {' | '.join(values)} |")
+    spent = [sum(v for k, v in run["seconds"].items() if k != "warmup_made") for run in results["runs"]]
+    lines += ["", f"Seconds in all, of each seed: {', '.join(f'{v:.0f}' for v in spent)}.", ""]
+    RunFolder(readme.parent).write_text(readme.name, head + MARKS[0] + "\n".join(["", *lines]) + MARKS[1] + tail)
 
 
 def draw(name: str, results: dict) -> None:

@@ -54,8 +54,13 @@ def warnings(weights: dict[str, float], outcome: str, recipes: list[str]) -> lis
 
 
 def part(row: Row) -> str:
-    """Which share of the held-out rows a row belongs to: its template was seen, and its kind of clause was demonstrated right."""
-    novelty = "held-out templates" if row.get("novel") else "seen templates"
+    """Which share of the offline rows a row belongs to: was its template seen, were its details demonstrated right?
+
+    Empty for real data, which has neither templates nor the hasty annotator.
+    """
+    if not row.get("kind"):
+        return ""
+    novelty = "held-out templates" if row["novel"] else "seen templates"
     return f"{novelty}, details {'corrupted' if annotator.touched(row['sql']) else 'never corrupted'}"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -94,22 +95,22 @@ def build_start(app, config: Config, data: Split, cache: Path, judge: ev.Judge, 
     part.rename(cache)
 
 
-def distance(model):
-    """A function that says how far another model's weights are from this one's: |change| / |weights|."""
-    origin = (
-        {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
-        if sum(p.numel() for p in model.parameters()) < 5e7
-        else {}
-    )
+MEASURED = 50_000_000  # parameters; a copy of a larger model is not kept
 
-    def measure(other) -> float | None:
-        if not origin:
+
+def distance(model) -> Callable[[torch.nn.Module], float | None]:
+    """A function that says how far another model's weights are from this one's now: |change| / |weights|.
+
+    It gives None for models of over MEASURED parameters, and for adapters, which leave these weights as they are.
+    """
+    small = sum(p.numel() for p in model.parameters()) <= MEASURED
+    origin = {name: p.detach().cpu().clone() for name, p in model.named_parameters()} if small else {}
+
+    def measure(other: torch.nn.Module) -> float | None:
+        now = {name: p.detach().cpu() for name, p in other.named_parameters() if name in origin}
+        if not now:
             return None
-        moved = [
-            (p.detach().cpu() - origin[name]).square().sum() for name, p in other.named_parameters() if name in origin
-        ]
-        return float(
-            torch.stack(moved).sum().sqrt() / torch.stack([p.square().sum() for p in origin.values()]).sum().sqrt()
-        )
+        moved = sum((p - origin[name]).square().sum() for name, p in now.items())
+        return float((moved / sum(p.square().sum() for p in origin.values())).sqrt())
 
     return measure

@@ -113,6 +113,7 @@ def quiet():
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
+    bars = hf.is_progress_bar_enabled()
     hf.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -121,7 +122,8 @@ def quiet():
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-        hf.enable_progress_bar()
+        if bars:
+            hf.enable_progress_bar()
 
 
 def cache_key(*parts: Any) -> str:

@@ -24,12 +24,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns 0, or 1 if a check failed, or 2 after one sentence on what the user can mend."""
     options = parser().parse_args(arguments)
     refuse_other_core()
+    from core.pool import WorkerError
     from core.run.folder import RunRefused
     from core.scoring import BrokenRowError, RewardsFailing
 
     try:
         return COMMANDS[options.command](options)
-    except (AppError, ConfigError, RunRefused, BrokenRowError, RewardsFailing, FileNotFoundError, ValueError) as error:
+    except (RunRefused, BrokenRowError, RewardsFailing, WorkerError, FileNotFoundError, ValueError) as error:
         if os.environ.get("DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -229,9 +229,9 @@ class Pool:
         elif one.state == "sent" and type(message) is int and message == call.number:
             one.state, one.began = "running", time.monotonic()
             one.deadline = one.began + self.limits.timeout_s
-        elif one.state == "sent" and message["id"] == call.number:
+        elif one.state in ("sent", "running") and message["id"] == call.number and "import_error" in message:
             text = worker.clean(str(message["import_error"]), worker.MAX_ERROR)
-            raise WorkerError(f"a worker cannot import the reward {'.'.join(call.target)}: {text}")
+            raise WorkerError(f"a worker cannot import the reward {'.'.join(call.target)}, or what it needs: {text}")
         elif one.state == "running" and message["id"] == call.number:
             seconds = float(message["seconds"])
             if "verdicts" in message:

@@ -9,7 +9,7 @@ a session of its own, so that killing the process group takes along what a rewar
                        then), and {"id", "seconds"} with one of
                          "verdicts": [[value, reason, detail], ...]   null = does not apply, NaN = could not judge
                          "error": text, or "broken_row": text;
-                       {"id", "import_error": text} instead of beginning
+                       {"id", "import_error": text} instead of beginning, or as an answer
 
 Covered (Linux and macOS): a reward that prints or reads stdin (descriptors 0-2 are /dev/null; the lines travel on
 private duplicates that children do not inherit); that hangs while the parent is dead (SIGALRM with its default action
@@ -107,6 +107,8 @@ def _call(reward: Callable, completion: Any, columns: dict[str, Any], group: int
         return {"verdicts": [verdict(result)] if group is None else verdicts(result, group)}
     except MemoryError:
         os._exit(OUT_OF_MEMORY)  # the completion used up its memory: like a kill, and nothing here is sound any more
+    except ImportError as error:  # a package is not installed: no later call can fare better
+        return {"import_error": clean(str(error), MAX_ERROR)}
     except BaseException as error:
         if getattr(type(error), "broken_row", False):
             return {"broken_row": clean(str(error), MAX_ERROR)}

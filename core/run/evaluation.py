@@ -84,8 +84,12 @@ def run_prediction(app: App, config: Config, model_path: str | None, run: Path, 
         try:
             request = json.loads(line)
             requests.append({"id": f"line-{number}", **app.predict(request)})
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{source}, line {number}: {type(error).__name__}: {error}") from error
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{source}, line {number} is not a JSON object: {error}") from error
+        except KeyError as error:
+            raise ConfigError(f"{source}, line {number} lacks the key {error.args[0]!r}") from error
+        except (TypeError, ValueError, FileNotFoundError) as error:
+            raise ConfigError(f"{source}, line {number}: {error}") from error
     rows = prepare(app, requests, config.task)
     with quiet():
         model, tokenizer, _ = policy(app, config, model_path, run)

@@ -155,3 +155,9 @@ async def later(completion):
 
 
 nested = (lambda: lambda completion: 1.0)()
+
+
+def needs_a_package(completion):
+    import a_package_that_is_not_installed
+
+    return a_package_that_is_not_installed.judge(completion)

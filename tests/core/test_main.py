@@ -110,7 +110,7 @@ def test_a_request_that_cannot_be_read_is_named_by_its_line(capsys, home):
     base.close()
     (home / "in.jsonl").write_text(f'{{"question": "?", "database": "{home}/d.sqlite"}}\n\n{{"question": "?"}}\n')
     error = refused(capsys, "predict", SQL, "--input", "in.jsonl", "--output", "out.jsonl")
-    assert "in.jsonl, line 3: KeyError: 'database'" in error
+    assert "in.jsonl, line 3 lacks the key 'database'" in error
 
 
 def test_after_a_refused_config_the_mended_one_may_use_the_same_run(home):

@@ -278,9 +278,17 @@ def test_workers_that_cannot_start_or_import_are_an_error_with_their_own_words(t
     with Scorer({"x": rewards.pid}) as scorer:
         monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(Path(__file__).parent)])
         with pytest.raises(
-            pool.WorkerError, match=r"cannot import the reward scoring_rewards.pid: ModuleNotFoundError"
+            pool.WorkerError, match=r"cannot import the reward scoring_rewards.pid, or what it needs: ModuleNotFound"
         ):
             scorer.score(["a"], [{}])
+
+
+def test_a_package_that_a_reward_lacks_stops_the_run_and_is_no_failed_check():
+    with Scorer({"r": scoring_rewards.needs_a_package}, workers=1) as scorer:
+        with pytest.raises(
+            pool.WorkerError, match="or what it needs: No module named 'a_package_that_is_not_installed'"
+        ):
+            scorer.score(["x"], [{}])
 
 
 def test_calls_whose_workers_die_before_the_reward_begins_fail_without_blame(tmp_path, monkeypatch):

@@ -284,11 +284,9 @@ def test_workers_that_cannot_start_or_import_are_an_error_with_their_own_words(t
 
 
 def test_a_package_that_a_reward_lacks_stops_the_run_and_is_no_failed_check():
-    with Scorer({"r": scoring_rewards.needs_a_package}, workers=1) as scorer:
-        with pytest.raises(
-            pool.WorkerError, match="or what it needs: No module named 'a_package_that_is_not_installed'"
-        ):
-            scorer.score(["x"], [{}])
+    said = "or what it needs: No module named 'a_package_that_is_not_installed'"
+    with Scorer({"x": rewards.needs_a_package}) as scorer, pytest.raises(pool.WorkerError, match=said):
+        scorer.score(["a"], [{}])
 
 
 def test_calls_whose_workers_die_before_the_reward_begins_fail_without_blame(tmp_path, monkeypatch):

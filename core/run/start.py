@@ -67,7 +67,7 @@ def build_start(app, config: Config, data: Split, cache: Path, judge: ev.Judge, 
 
     def on_log(step: int, metrics: dict[str, Any]) -> None:
         point = {"step": step, "loss": metrics["loss"]}
-        if data.validation and (len(curve) % 4 == 3 or step == warmup.steps):
+        if data.validation and len(curve) % 5 == 4:
             point["metric"] = ev.evaluate(model, tokenizer, judge, data.validation, config).mean(headline)
         curve.append(point)
         progress.update(step, metrics | ({f"eval/{headline}": point["metric"]} if "metric" in point else {}))

@@ -23,10 +23,10 @@ AGGREGATES = {
     "Min": ("lowest", "smallest", "minimum"),
     "Max": ("highest", "largest", "maximum"),
 }
-# How often: as in questions that people ask, strict comparisons, means and "most first" are the common ones.
-OPERATORS = ("GT", "GT", "GT", "GTE", "LT", "LT", "LT", "LTE")
+# How often: as in Spider and in questions that people ask, strict comparisons, means and "most first" are the common ones.
+OPERATORS = (*["GT"] * 5, "GTE", *["LT"] * 5, "LTE")
 FUNCTIONS = ("Avg", "Avg", "Sum", "Min", "Max")
-DESCENDING = 0.7
+DESCENDING = 0.8
 DOWN = ("from high to low", "in descending order", "highest first")
 UP = ("from low to high", "in ascending order", "lowest first")
 VERBS = ("Show", "List", "Give", "Find", "Return")

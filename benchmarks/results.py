@@ -67,7 +67,7 @@ def train(app, seed: int, control: str | None = None) -> dict:
     config = load(app, seed, run__control=control)
     path = Path("runs") / app.name / f"results-{control or 'grpo'}-s{seed}"
     with RunFolder.open(path, config.as_dict()) as folder, Progress(config.optim.steps, path.name) as progress:
-        summary = run_training(app, config, folder, progress, f"make train APP={app.name} SEED={seed}")
+        summary = run_training(Setup(app, config), folder, progress, f"make train APP={app.name} SEED={seed}")
     return {**summary, "name": control or "grpo"}
 
 
@@ -80,7 +80,7 @@ def rivals(app, seed: int, reference: dict) -> dict[str, dict]:
     found: dict[str, dict] = {}
     seconds = reference["seconds"]["rl"]
     with Progress(0, f"rivals, seed {seed}") as progress, quiet():
-        setup = Setup(app, config, progress)
+        setup = Setup(app, config)
         data = Split(app, config, progress)
         headline = setup.headline
         with ev.Judge(app, config, setup.composite) as judge:

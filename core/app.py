@@ -106,10 +106,11 @@ class App:
 
 
 def unknown(what: str, got: str, known) -> str:
-    """One sentence for a name that is not known, with the nearest one that is."""
+    """One sentence for a name that is not known, with the nearest one that is, and the list of them unless it is long."""
     known = sorted(map(str, known))
     near = get_close_matches(str(got), known, n=1)
-    return f"unknown {what} {got!r}{f'; did you mean {near[0]!r}?' if near else ''} (known: {', '.join(known)})"
+    there = f" (known: {', '.join(known)})" if len(known) <= 30 else ""
+    return f"unknown {what} {got!r}{f'; did you mean {near[0]!r}?' if near else ''}{there}"
 
 
 def names() -> list[str]:
@@ -158,6 +159,8 @@ def prepare(app: App, rows: Rows, options: Any) -> list[Row]:
             raise AppError(
                 f"row {row['id']}: the prompt needs the column {error.args[0]!r}; the row has: {', '.join(sorted(row))}"
             ) from error
+        if not isinstance(full["prompt"], str | list):
+            raise AppError(f"row {row['id']}: the prompt is {full['prompt']!r}; it must be text or a list of messages")
         prepared.append(full)
     return prepared
 
@@ -185,14 +188,16 @@ def self_check(app: App, rows: Rows, scorer, metrics_scorer, canary_rows: int = 
             values = scores.values[:, k]
             low = [i for i, v in enumerate(values) if v == v and v < 1]
             unscored = int(scores.failed.sum())
-            detail = f"{len(rows)} rows"
+            detail = f"{len(rows)} rows" if len(rows) else "there are no rows"
             if low:
                 i = low[0]
                 reason = scores.reasons[i].get(name, "")
                 detail = f"{len(low)} of {len(rows)} rows below 1; row {rows[i]['id']}: {values[i]:.3f} {reason}"
             if unscored:
                 detail += f"; {unscored} rows could not be judged"
-            findings.append(Finding(f"gold scores 1 on {title} {name}", not low and not unscored, detail))
+            findings.append(
+                Finding(f"gold scores 1 on {title} {name}", bool(rows) and not low and not unscored, detail)
+            )
     sample = list(rows[:: max(1, len(rows) // max(1, canary_rows))])[:canary_rows]
     for canary in app.canaries if sample else ():
         if canary.component not in scorer.names:

@@ -8,6 +8,7 @@ are refused with the key to use instead.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -141,6 +142,12 @@ OWNED = {
     "loss_type": "objective.recipe",
     "importance_sampling_level": "objective.recipe (gspo)",
     "multi_objective_aggregation": "objective.recipe (gdpo)",
+    "sapo_temperature_neg": "objective.recipe",
+    "sapo_temperature_pos": "objective.recipe",
+    "vespo_k_neg": "objective.recipe",
+    "vespo_k_pos": "objective.recipe",
+    "vespo_lambda_neg": "objective.recipe",
+    "vespo_lambda_pos": "objective.recipe",
     "epsilon": "objective.epsilon_low",
     "epsilon_high": "objective.epsilon_high",
     "delta": "objective.delta",
@@ -164,9 +171,20 @@ OWNED = {
     "max_grad_norm": "optim.max_grad_norm",
     "weight_decay": "optim.weight_decay",
     "max_steps": "optim.steps",
+    "num_train_epochs": "optim.steps",
     "seed": "run.seed",
+    "data_seed": "run.seed",
     "save_steps": "run.save_every",
+    "save_strategy": "run.save_every",
+    "eval_strategy": "evaluate.every",
+    "eval_steps": "evaluate.every",
+    "do_eval": "evaluate.every",
+    "eval_on_start": "evaluate.every",
+    "num_generations_eval": "evaluate.samples",
+    "per_device_eval_batch_size": "evaluate.batch_size",
     "output_dir": "RUN=",
+    "model_init_kwargs": "model.path and model.dtype",
+    "trust_remote_code": "model.remote_code",
     "use_vllm": "launch.sampler",
     "vllm_mode": "launch.sampler",
     "bf16": "model.dtype",
@@ -195,7 +213,12 @@ def load(app: App, path: Path, overrides: Iterable[str] = (), task: str | None =
         key, sign, value = override.partition("=")
         if not sign:
             raise ConfigError(f"override {override!r} is not of the form section.key=value")
-        values[key.strip()] = yaml.safe_load(value) if value.strip() else None
+        try:
+            values[key.strip()] = yaml.safe_load(value) if value.strip() else None
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"override {override!r}: the value is not valid YAML; quote it, or close what it opens"
+            ) from error
     values |= {key.replace("__", "."): value for key, value in settings.items() if value is not None}
     for key, value in values.items():
         _set(raw, key.split("."), value, key)
@@ -209,7 +232,7 @@ def resolve(app: App, raw: Mapping[str, Any]) -> Config:
     for key in raw:
         if key not in sections:
             raise ConfigError(unknown("section", key, sections))
-    built = {name: _convert(raw.get(name, {}), hints[name], name) for name in sections if name in raw or name == "task"}
+    built = {name: convert(raw.get(name, {}), hints[name], name) for name in sections if name in raw or name == "task"}
     config = Config(**built)
     if "recipe" not in config.objective:
         config = dataclasses.replace(config, objective={"recipe": "grpo", **config.objective})
@@ -220,13 +243,17 @@ def resolve(app: App, raw: Mapping[str, Any]) -> Config:
 def _set(raw: dict, path: list[str], value: Any, key: str) -> None:
     if len(path) < 2:
         raise ConfigError(f"override {key!r} names no section; write section.key=value, for example optim.lr=1e-5")
-    for part in path[:-1]:
+    for at, part in enumerate(path[:-1], 1):
+        if not isinstance(raw.get(part) or {}, Mapping):
+            raise ConfigError(
+                f"override {key!r} reaches into {'.'.join(path[:at])}, which is a value and holds no keys"
+            )
         raw[part] = dict(raw.get(part) or {})
         raw = raw[part]
     raw[path[-1]] = value
 
 
-def _convert(value: Any, kind: Any, key: str) -> Any:
+def convert(value: Any, kind: Any, key: str) -> Any:
     """value as `kind`, or a ConfigError that names key, value and kind. YAML reads 1e-5 as text; it is taken as a number."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
@@ -236,7 +263,7 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
         for name in value or {}:
             if name not in fields:
                 raise ConfigError(unknown(f"key in section {key}", name, fields))
-        return kind(**{name: _convert(v, hints[name], f"{key}.{name}") for name, v in (value or {}).items()})
+        return kind(**{name: convert(v, hints[name], f"{key}.{name}") for name, v in (value or {}).items()})
     if kind is Any:
         return value
     if origin is Literal:
@@ -246,14 +273,15 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        return _convert(value, next(a for a in arguments if a is not type(None)), key)
+        return convert(value, next(a for a in arguments if a is not type(None)), key)
     if origin is dict:
         if not isinstance(value or {}, Mapping):
             raise ConfigError(f"{key} must be a section of keys, not {value!r}")
-        return {str(k): _convert(v, arguments[1], f"{key}.{k}") for k, v in (value or {}).items()}
+        return {str(k): convert(v, arguments[1], f"{key}.{k}") for k, v in (value or {}).items()}
     if kind is float and not isinstance(value, bool):
         try:
-            return float(value)
+            if math.isfinite(number := float(value)):
+                return number
         except (TypeError, ValueError):
             pass
     elif (kind is int and isinstance(value, int) and not isinstance(value, bool)) or (
@@ -264,30 +292,46 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
         return int(value)
     elif kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
-    raise ConfigError(f"{key}={value!r} is not of type {getattr(kind, '__name__', kind)}")
+    wanted = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text"}.get(kind, kind)
+    raise ConfigError(f"{key}={value!r} is not {wanted}")
 
 
 def _check(config: Config) -> None:
     """Ranges that no later code should have to meet."""
     at_least = {
-        "rollout.prompts_per_step": (config.rollout.prompts_per_step, 1),
-        "rollout.group_size": (config.rollout.group_size, 2),
-        "rollout.max_completion_length": (config.rollout.max_completion_length, 1),
-        "rollout.steps_per_batch": (config.rollout.steps_per_batch, 1),
-        "rollout.iterations": (config.rollout.iterations, 1),
-        "optim.steps": (config.optim.steps, 0),
-        "rewards.workers": (config.rewards.workers, 1),
-        "run.threads": (config.run.threads, 1),
-        "run.save_every": (config.run.save_every, 1),
-    }
-    for key, (value, limit) in at_least.items():
-        if value < limit:
-            raise ConfigError(f"{key}={value} is below its least value {limit}")
-    for key, value in (("rollout.temperature", config.rollout.temperature), ("optim.lr", config.optim.lr)):
-        if not value > 0:
-            raise ConfigError(f"{key}={value} must be above 0")
+        "model.width": 1, "model.layers": 1, "model.heads": 1, "model.lora_rank": 0,
+        "data.train_rows": 1, "data.test_rows": 1,
+        "warmup.rows": 1, "warmup.steps": 0, "warmup.batch_size": 1,
+        "rollout.prompts_per_step": 1, "rollout.group_size": 2, "rollout.max_prompt_length": 1,
+        "rollout.max_completion_length": 1, "rollout.top_k": 0, "rollout.steps_per_batch": 1, "rollout.iterations": 1,
+        "rewards.workers": 1, "rewards.memory_mb": 1,
+        "optim.steps": 0, "optim.warmup_steps": 0, "optim.max_grad_norm": 0, "optim.weight_decay": 0,
+        "evaluate.every": 0, "evaluate.validation_rows": 0, "evaluate.batch_size": 1, "evaluate.samples": 0,
+        "run.seed": 0, "run.threads": 1, "run.save_every": 1,
+    }  # fmt: skip
+    above_0 = ("warmup.lr", "rollout.temperature", "rollout.top_p", "rewards.timeout_s", "optim.lr")
+
+    def get(key: str) -> Any:
+        section, name = key.split(".")
+        return getattr(getattr(config, section), name)
+
+    for key, limit in at_least.items():
+        if get(key) is not None and get(key) < limit:
+            raise ConfigError(f"{key}={get(key)} is below its least value {limit}")
+    for key in above_0:
+        if not get(key) > 0:
+            raise ConfigError(f"{key}={get(key)} must be above 0")
+    if config.rollout.top_p > 1:
+        raise ConfigError(f"rollout.top_p={config.rollout.top_p} is a share: it must lie in (0, 1]")
     if not 0 <= config.data.validation_share < 1:
         raise ConfigError(f"data.validation_share={config.data.validation_share} must lie in [0, 1)")
+    if not 0 <= config.rewards.max_failure_share <= 1:
+        raise ConfigError(f"rewards.max_failure_share={config.rewards.max_failure_share} must lie in [0, 1]")
+    if (config.warmup.labels == "none") != (config.warmup.steps == 0):
+        raise ConfigError(
+            f"warmup.labels={config.warmup.labels} and warmup.steps={config.warmup.steps} contradict each other; "
+            "set labels to gold or demonstrations and steps above 0, or labels=none and steps=0 for no warm start"
+        )
     for name in config.trainer:
         if name in OWNED:
             raise ConfigError(f"trainer.{name} is decided elsewhere; set {OWNED[name]} instead")

@@ -6,6 +6,7 @@ Variables of make arrive as options; everything else is a key of the config (SET
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -19,21 +20,30 @@ from core import config as configs
 from core.app import AppError
 from core.config import Config, ConfigError
 
+ROOMS = ("core", "rewards", "data", "apps")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns 0, or 1 if a check failed, or 2 after one sentence on what the user can mend."""
     options = parser().parse_args(arguments)
-    refuse_other_core()
     from core.pool import WorkerError
-    from core.run.folder import RunRefused
-    from core.scoring import BrokenRowError, RewardsFailing
+    from core.scoring import RewardsFailing
 
     try:
+        refuse_strangers()
         return COMMANDS[options.command](options)
-    except (RunRefused, BrokenRowError, RewardsFailing, WorkerError, FileNotFoundError, ValueError) as error:
+    except (ValueError, OSError, WorkerError, RewardsFailing) as error:  # most are subclasses of ours of ValueError
         if os.environ.get("DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)
+        if type(error) is ValueError or isinstance(error, OSError):  # perhaps not meant for the user
+            print("(DEBUG=1 shows where this was noticed)", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if os.environ.get("DEBUG") or (error.name or "").split(".")[0] in ROOMS:
+            raise
+        found = f"the package {error.name!r} is not installed; make setup APP=<app> installs what an app needs"
+        print(f"error: {found if error.name else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -84,28 +94,49 @@ HELP = {
 }
 
 
-def refuse_other_core() -> None:
-    """`core` is a common name: refuse to run with somebody else's."""
-    import core
+def refuse_strangers() -> None:
+    """The rooms have common names: refuse to run with somebody else's `data` or `apps`."""
+    root = Path(__file__).resolve().parent.parent
+    for room in ROOMS:
+        found = importlib.util.find_spec(room)
+        place = next(iter(found.submodule_search_locations or ()), None) if found else None
+        if place is None or Path(place).resolve() != root / room:
+            raise ConfigError(
+                f"the package {room!r} comes from {place or 'nowhere'}, not from {root / room}; start with python -P from "
+                f"{root}, and take the other one off PYTHONPATH"
+            )
 
-    if not (Path(core.__file__).parent / "objective" / "recipes.py").exists():
-        raise ConfigError(
-            f"the package 'core' in {Path(core.__file__).parent} is not this project's; run from its root, with python -P"
+
+def resolved(options: argparse.Namespace, of_run: bool = False) -> tuple[apps.App, Config]:
+    """The app, and the config of CONFIG= with all overrides.
+
+    of_run: where a run is asked about (and no other MODEL), it is the config that the run was made with, so that lengths,
+    prompts and rows are the run's own.
+    """
+    app = apps.find(options.app)
+
+    def load(path: Path) -> Config:
+        return configs.load(
+            app,
+            path,
+            words(options.set),
+            options.task,
+            data__folder=options.data,
+            model__path=options.model,
+            run__seed=options.seed,
         )
 
+    config = load(apps.folder(app.name) / f"{options.config}.yaml")
+    kept = run_path(options, app, config) / "config.yaml"
+    return app, load(kept) if of_run and not options.model and kept.exists() else config
 
-def resolved(options: argparse.Namespace) -> tuple[apps.App, Config]:
-    app = apps.find(options.app)
-    config = configs.load(
-        app,
-        apps.folder(app.name) / f"{options.config}.yaml",
-        shlex.split(options.set),
-        options.task,
-        data__folder=options.data,
-        model__path=options.model,
-        run__seed=options.seed,
-    )
-    return app, config
+
+def words(overrides: str) -> list[str]:
+    """The text of SET=, split as a shell does. Raises ConfigError for a quotation mark without its partner."""
+    try:
+        return shlex.split(overrides)
+    except ValueError as error:
+        raise ConfigError(f"SET={overrides!r} cannot be split into section.key=value: {error}") from error
 
 
 def run_path(options: argparse.Namespace, app, config: Config) -> Path:
@@ -116,46 +147,48 @@ def run_path(options: argparse.Namespace, app, config: Config) -> Path:
 
 def train(options: argparse.Namespace) -> int:
     app, config = resolved(options)
-    if options.dry_run:
-        print(yaml.safe_dump(config.as_dict(), sort_keys=False), end="")
-        print(f"# {configs.batch(config, int(os.environ.get('WORLD_SIZE', '1'))).line()}")
-        return 0
     from core.run.folder import RunFolder
     from core.run.progress import Progress
-    from core.run.train import run_training
+    from core.run.splits import refuse_missing_data
+    from core.run.train import Setup, run_training
 
+    setup = Setup(app, config, need_machine=not options.dry_run)
+    if options.dry_run:
+        print(yaml.safe_dump(config.as_dict(), sort_keys=False), end="")
+        print(f"# {setup.batch.line()}")
+        return 0
+    refuse_missing_data(config)
     path = run_path(options, app, config)
-    title = f"{app.name} {path.name}"
-    with (
+    with (  # only now: FRESH=1 deletes, and a config that cannot run must not
         RunFolder.open(path, config.as_dict(), fresh=options.fresh) as folder,
-        Progress(config.optim.steps, title) as progress,
+        Progress(config.optim.steps, f"{app.name} {path.name}") as progress,
     ):
-        run_training(app, config, folder, progress, command(options))
+        run_training(setup, folder, progress, command(options), options.task)
     return 0
 
 
 def command(options: argparse.Namespace) -> str:
     """The make command that does the same again."""
-    words = [f"make {options.command} APP={options.app}"]
+    parts = [f"make {options.command} APP={options.app}"]
     if options.config != "tiny":
-        words.append(f"CONFIG={options.config}")
+        parts.append(f"CONFIG={options.config}")
     for name in ("data", "model", "task", "seed", "run"):
         if (value := getattr(options, name)) is not None:
-            words.append(f"{name.upper()}={shlex.quote(str(value))}")
-    return " ".join(words + ([f"SET={shlex.quote(options.set)}"] if options.set else []))
+            parts.append(f"{name.upper()}={shlex.quote(str(value))}")
+    return " ".join(parts + ([f"SET={shlex.quote(options.set)}"] if options.set else []))
 
 
 def evaluate(options: argparse.Namespace) -> int:
     from core.run.evaluation import run_evaluation
 
-    app, config = resolved(options)
+    app, config = resolved(options, of_run=True)
     return run_evaluation(app, config, options.model, run_path(options, app, config), options.split)
 
 
 def predict(options: argparse.Namespace) -> int:
     from core.run.evaluation import run_prediction
 
-    app, config = resolved(options)
+    app, config = resolved(options, of_run=True)
     return run_prediction(
         app, config, options.model, run_path(options, app, config), Path(options.input), Path(options.output)
     )
@@ -166,7 +199,7 @@ def report(options: argparse.Namespace) -> int:
 
     app, config = resolved(options)
     path = run_path(options, app, config)
-    if not (path / "summary.json").exists():
+    if not (path / "summary.json").exists() or not (path / "report.json").exists():
         raise ConfigError(f"{path} has no finished run; run make train APP={app.name} first, or name it with RUN=")
     extra = json.loads((path / "report.json").read_text())
     print(write_report(path, json.loads((path / "summary.json").read_text()), extra))
@@ -176,14 +209,15 @@ def report(options: argparse.Namespace) -> int:
 def check(options: argparse.Namespace) -> int:
     from core.run.evaluate import Judge
     from core.run.progress import Progress
-    from core.run.splits import data_folder
+    from core.run.splits import read
     from core.run.train import Setup
 
     app, config = resolved(options)
     print(yaml.safe_dump(config.as_dict(), sort_keys=False), end="")
     with Progress(0, app.name) as progress:
-        setup = Setup(app, config, progress, need_machine=False)
-        splits = app.load(data_folder(app, config, progress))
+        setup = Setup(app, config, need_machine=False)
+        setup.say(progress)
+        _, splits = read(app, config, progress)
         with Judge(app, config, setup.composite) as judge:
             findings = []
             for split, rows in splits.items():

@@ -73,6 +73,8 @@ def load(folder: str | Path) -> dict[str, list[dict]]:
                         f'{path}, entry {at} (row {row_id}) has no "{key}"; '
                         f"every entry needs db_id, {question_key} and query"
                     )
+                if not isinstance(entry[key], str):
+                    raise ValueError(f'{path}, entry {at} (row {row_id}): "{key}" is {entry[key]!r}; it must be text')
             db_id = entry["db_id"]
             if db_id not in schemas:
                 raise ValueError(

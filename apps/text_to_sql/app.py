@@ -89,6 +89,9 @@ def first_column(train: Rows, test: Rows) -> list[str]:
 
 def predict_row(request: Row) -> Row:
     """A row without gold from {"question", "database"}: the schema is read from the SQLite file."""
+    for key in ("question", "database"):
+        if not isinstance(request[key], str):
+            raise ValueError(f"{key!r} is {request[key]!r}; it must be text")
     return {
         "question": request["question"],
         "database": request["database"],

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from core.app import App, prepare, unknown
+from core.app import App, Row, prepare
 from core.config import Config, ConfigError
 from core.policy import language
 from core.policy.language import Sampling, complete
 from core.run import evaluate as ev
 from core.run.folder import RunFolder
 from core.run.progress import Progress
-from core.run.splits import Split, data_folder
+from core.run.splits import Split
 from core.run.summary import evaluation_json
 from core.run.train import refuse_machine
 from core.train.warmup import quiet
@@ -36,21 +36,16 @@ def run_evaluation(app: App, config: Config, model_path: str | None, run: Path, 
     refuse_machine(config)
     with quiet(), Progress(0, app.name) as progress:
         model, tokenizer, source = policy(app, config, model_path, run)
-        splits = app.load(data_folder(app, config, progress))
+        data = Split(app, config, progress)
         split = split or config.data.test
-        if split not in splits:
-            raise ConfigError(unknown("SPLIT", split, splits))
-        chosen = (
-            Split(app, config, progress).test if split == config.data.test else prepare(app, splits[split], config.task)
-        )
+        chosen = data.test if split == config.data.test else data.whole(split)
         composite = app.composite(config.rewards.preset, config.rewards.weights)
         headline = next(iter(app.metrics))
         with ev.Judge(app, config, composite) as judge:
             result = ev.evaluate(model, tokenizer, judge, chosen, config)
             free = {}
             for name, baseline in app.baselines.items():
-                answers = baseline(prepare(app, splits[config.data.train], config.task), chosen)
-                free[name] = ev.grade(judge, chosen, answers)[0][headline]
+                free[name] = ev.grade(judge, chosen, baseline(data.train, chosen))[0][headline]
         report = evaluation_json(app, chosen, result, headline)
         rows = [
             (name, f"{m['mean']:.4f}", f"[{m['ci95'][0]:.3f}, {m['ci95'][1]:.3f}]")
@@ -71,37 +66,55 @@ def run_evaluation(app: App, config: Config, model_path: str | None, run: Path, 
 
 
 def run_prediction(app: App, config: Config, model_path: str | None, run: Path, source: Path, target: Path) -> int:
-    """Answer every line of `source` (JSON lines) with the policy; writes JSON lines {..., "prediction"} to `target`."""
+    """Answer every line of `source` (JSON lines) with the policy; writes each to `target` with "prediction" and "completion".
+
+    A line without an "id" gets "line-<number>". "prediction" is null where no answer could be read from the completion.
+    """
     refuse_machine(config)
     if app.predict is None:
         raise ConfigError(f"app {app.name} has no predict: it answers no free questions")
-    if not source.exists():
-        raise ConfigError(f"INPUT={source} does not exist; give a file with one JSON object a line")
-    requests = []
-    for number, line in enumerate(source.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            request = json.loads(line)
-            requests.append({"id": f"line-{number}", **app.predict(request)})
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{source}, line {number} is not a JSON object: {error}") from error
-        except KeyError as error:
-            raise ConfigError(f"{source}, line {number} lacks the key {error.args[0]!r}") from error
-        except (TypeError, ValueError, FileNotFoundError) as error:
-            raise ConfigError(f"{source}, line {number}: {error}") from error
-    rows = prepare(app, requests, config.task)
+    if not source.is_file():
+        raise ConfigError(f"INPUT={source} is no file; give one with one JSON object a line")
+    if target.is_dir():
+        raise ConfigError(f"OUTPUT={target} is a folder; give the name of a file to write")
+    requests, rows = read_requests(app, source)
+    rows = prepare(app, rows, config.task)
     with quiet():
         model, tokenizer, _ = policy(app, config, model_path, run)
     sampling = Sampling(config.rollout.max_completion_length, batch_size=config.evaluate.batch_size)
     completions, _ = complete(model, tokenizer, [row["prompt"] for row in rows], sampling)
     lines = [
         json.dumps(
-            {"id": row["id"], "prediction": app.extract(text) if app.extract else text, "completion": text},
+            request | {"prediction": app.extract(text) if app.extract else text, "completion": text},
             ensure_ascii=False,
         )
-        for row, text in zip(rows, completions, strict=True)
+        for request, text in zip(requests, completions, strict=True)
     ]
     RunFolder(target.parent).write_text(target.name, "\n".join(lines) + "\n")
     print(f"{len(lines)} answers written to {target}")
     return 0
+
+
+def read_requests(app: App, source: Path) -> tuple[list[dict[str, Any]], list[Row]]:
+    """The objects of a JSON-lines file, and the rows that the app makes of them. Raises ConfigError naming file and line."""
+    requests, rows = [], []
+    for number, line in enumerate(source.read_text("utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            request = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{source}, line {number} is not a JSON object: {error}") from error
+        if not isinstance(request, dict):
+            raise ConfigError(f"{source}, line {number} is not a JSON object: {line[:60]}")
+        request = {"id": f"line-{number}", **request}
+        try:
+            rows.append({"id": request["id"], **app.predict(request)})
+        except KeyError as error:
+            raise ConfigError(f"{source}, line {number} lacks the key {error.args[0]!r}") from error
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{source}, line {number}: {error}") from error
+        requests.append(request)
+    if not rows:
+        raise ConfigError(f"INPUT={source} is empty; give a file with one JSON object a line")
+    return requests, rows

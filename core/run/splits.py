@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 from core import app as apps
-from core.app import App, Row
+from core.app import App, Row, Rows
 from core.config import Config, ConfigError
 from core.run import evaluate as ev
 from core.run.progress import Progress
@@ -16,8 +18,7 @@ class Split:
     """Training, validation and test rows. Validation clusters are taken out of the training ones; test is never touched."""
 
     def __init__(self, app: App, config: Config, progress: Progress):
-        source = data_folder(app, config, progress)
-        splits = app.load(source)
+        source, splits = read(app, config, progress)
         for key in (config.data.train, config.data.test):
             if key not in splits:
                 raise ConfigError(apps.unknown(f"split in {source}:", key, splits))
@@ -41,31 +42,60 @@ class Split:
                 f"{source}: split {config.data.train} has {len(self.train)} rows and {config.data.test} "
                 f"{len(self.test)}; both need some"
             )
+        self._app, self._options, self._splits = app, options, splits
         progress.note(
             f"data: {source}: {len(self.train)} training, {len(self.validation)} validation, {len(self.test)} test rows"
         )
 
+    def whole(self, split: str) -> list[Row]:
+        """All rows of a split by its name. Raises ConfigError with the nearest name."""
+        if split not in self._splits:
+            raise ConfigError(apps.unknown("SPLIT", split, self._splits))
+        return apps.prepare(self._app, self._splits[split], self._options)
+
+
+def read(app: App, config: Config, progress: Progress) -> tuple[Path, Mapping[str, Rows]]:
+    """The folder that was read, and its splits as the app loads them. Raises ConfigError with the loader's own words."""
+    source = data_folder(app, config, progress)
+    try:
+        return source, app.load(source)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+
 
 def data_folder(app: App, config: Config, progress: Progress) -> Path:
     """DATA as given, or the offline folder of this seed, written if it is not there yet."""
+    refuse_missing_data(config)
     if config.data.folder:
-        if not Path(config.data.folder).is_dir():
-            raise ConfigError(f"DATA={config.data.folder} is not a folder; see data/README.md for the layout")
         return Path(config.data.folder)
     folder = offline_folder(app, config.run.seed)
     if not folder.exists():
         progress.phase(f"writing the offline data to {folder}")
-        app.write_offline(folder, config.run.seed)
+        part = folder.with_name(
+            f".{folder.name}-{os.getpid()}"
+        )  # renamed when whole: a stopped run leaves no half folder
+        part.parent.mkdir(parents=True, exist_ok=True)
+        app.write_offline(part, config.run.seed)
+        part.rename(folder)
     return folder
+
+
+def refuse_missing_data(config: Config) -> None:
+    """Raise ConfigError if DATA= is given and is no folder."""
+    if config.data.folder and not Path(config.data.folder).is_dir():
+        raise ConfigError(f"DATA={config.data.folder} is not a folder; see data/README.md for the layout")
 
 
 def offline_folder(app: App, seed: int) -> Path:
     return Path("runs") / "data" / f"{app.name}-{seed}"
 
 
-def check_gold(app: App, judge: ev.Judge, data: Split, progress: Progress, rows: int = 64) -> None:
-    """Gold must score 1 on the outcome before training starts: a reward that fails gold would teach the wrong thing."""
-    chosen = (data.train[:rows], data.test[:rows])
+def check_gold(app: App, judge: ev.Judge, data: Split, progress: Progress, rows: int | None = 64) -> None:
+    """Gold must score 1 on the outcome before training starts: a reward that fails gold would teach the wrong thing.
+
+    rows: how many of each part are tried; None: all, as `make check` does.
+    """
+    chosen = [part[:rows] for part in (data.train, data.validation, data.test) if part]
     for part in chosen:
         judge.rewards.check_columns(part[0])
         judge.metrics.check_columns(part[0])
@@ -74,9 +104,10 @@ def check_gold(app: App, judge: ev.Judge, data: Split, progress: Progress, rows:
         wrong = [i for i, value in enumerate(scores.values[:, k]) if not value >= 1]
         if wrong:
             i = wrong[0]
+            got = "cannot be judged" if scores.failed[i] else f"scores {scores.values[i, k]:g}"
+            why = ": ".join(text for at in (scores.reasons, scores.details) if (text := at[i].get(app.outcome)))
             raise ConfigError(
-                f"the gold answer of row {part[i]['id']} scores {scores.values[i, k]} on {app.outcome} "
-                f"({scores.reasons[i].get(app.outcome, '')}), and so do {len(wrong)} of {len(part)} rows; "
-                f"run make check APP={app.name}"
+                f"the gold answer of row {part[i]['id']} {got} on {app.outcome} ({why}), one of {len(wrong)} such rows in "
+                f"{len(part)}; mend the data or the reward (make check APP={app.name} shows every component)"
             )
     progress.note(f"gold scores 1 on {app.outcome} for {sum(map(len, chosen))} of {sum(map(len, chosen))} rows tried")

@@ -61,8 +61,6 @@ def build_start(app, config: Config, data: Split, cache: Path, judge: ev.Judge, 
     scores, _ = ev.grade(judge, rows, labels)
     headline = next(iter(app.metrics))
     facts = {"labels": warmup.labels, "rows": len(rows), "label_accuracy": float(np.nanmean(scores[headline]))}
-    progress.note(f"demonstrations: {len(rows)}, of which {facts['label_accuracy']:.1%} are right; none is filtered")
-    progress.phase("warm start", warmup.steps)
     curve: list[dict[str, Any]] = []
 
     def on_log(step: int, metrics: dict[str, Any]) -> None:
@@ -72,19 +70,24 @@ def build_start(app, config: Config, data: Split, cache: Path, judge: ev.Judge, 
         curve.append(point)
         progress.update(step, metrics | ({f"eval/{headline}": point["metric"]} if "metric" in point else {}))
 
-    imitate(
-        model,
-        tokenizer,
-        [row["prompt"] for row in rows],
-        labels,
-        steps=warmup.steps,
-        batch_size=warmup.batch_size,
-        lr=warmup.lr,
-        prompt_loss=warmup.prompt_loss,
-        seed=seed,
-        output=cache.parent / "sft",
-        on_log=on_log,
-    )
+    if warmup.steps:  # else only the tokenizer is made from the labels' text
+        progress.note(
+            f"demonstrations: {len(rows)}, of which {facts['label_accuracy']:.1%} are right; none is filtered"
+        )
+        progress.phase("warm start", warmup.steps)
+        imitate(
+            model,
+            tokenizer,
+            [row["prompt"] for row in rows],
+            labels,
+            steps=warmup.steps,
+            batch_size=warmup.batch_size,
+            lr=warmup.lr,
+            prompt_loss=warmup.prompt_loss,
+            seed=seed,
+            output=cache.parent / "sft",
+            on_log=on_log,
+        )
     part = cache.with_name(f".{cache.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)

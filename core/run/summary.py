@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from core.app import App, Row
-from core.config import Config
 from core.run import evaluate as ev
 from core.run.folder import RunFolder
 from core.run.progress import Progress
@@ -45,9 +44,9 @@ def evaluation_json(app: App, rows: Sequence[Row], result: ev.Evaluation, headli
     }
 
 
-def summarise(app, config: Config, setup, data, folder: RunFolder, before, after, judge) -> dict[str, Any]:
+def summarise(setup, data, folder: RunFolder, before, after, judge, task: str | None) -> dict[str, Any]:
     """summary.json: see the run folder in CONTRIBUTING.md."""
-    rows, headline = data.test, setup.headline
+    app, config, rows, headline = setup.app, setup.config, data.test, setup.headline
     table: list[dict[str, Any]] = []
 
     def add(name: str, a: np.ndarray, b: np.ndarray, items: Sequence[Row] = rows) -> None:
@@ -101,7 +100,7 @@ def summarise(app, config: Config, setup, data, folder: RunFolder, before, after
     _, lo, hi = ev.change(app, rows, before.scores[headline], after.scores[headline])
     return {
         "app": app.name,
-        "task": None,
+        "task": task,
         "recipe": setup.recipe.name,
         "seed": config.run.seed,
         "config": config.as_dict(),

@@ -6,12 +6,14 @@ hash of what it depends on, the evaluation before training is kept, and GRPO con
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,7 @@ from core.run.splits import Split, check_gold
 from core.run.start import start
 from core.run.summary import evaluation_json, final_table, samples, summarise
 from core.train.health import Health
-from core.train.language import LanguageTrainer
+from core.train.language import LanguageTrainer, arguments, refuse_few_prompts
 from core.train.warmup import quiet
 
 NAMES = {  # trl's and transformers' names of what is logged -> ours
@@ -46,24 +48,27 @@ NAMES = {  # trl's and transformers' names of what is logged -> ours
 }
 
 
-def run_training(app: App, config: Config, folder: RunFolder, progress: Progress, command: str) -> dict[str, Any]:
-    """Run or resume the training of `config` in `folder`; returns the summary. Raises ConfigError before any work starts."""
+def run_training(
+    setup: Setup, folder: RunFolder, progress: Progress, command: str, task: str | None = None
+) -> dict[str, Any]:
+    """Run or resume the training of `setup` in `folder`; returns the summary. command: what makes it again; task: its TASK."""
     if folder.finished:
         summary = json.loads((folder.path / "summary.json").read_text())
         progress.note(f"{folder.path} is finished; RUN=<another name> starts another, FRESH=1 does it again")
         final_table(progress, summary)
         return summary
-    setup = Setup(app, config, progress)
+    setup.say(progress)
     with quiet():
-        return _run(app, config, folder, progress, command, setup)
+        return _run(setup, folder, progress, command, task)
 
 
-def _run(app: App, config: Config, folder: RunFolder, progress: Progress, command: str, setup: Setup) -> dict[str, Any]:
-    clock = Clock()
+def _run(setup: Setup, folder: RunFolder, progress: Progress, command: str, task: str | None) -> dict[str, Any]:
+    app, config, clock = setup.app, setup.config, Clock()
     with ev.Judge(app, config, setup.composite) as judge:
         data = Split(app, config, progress)
+        refuse_few_prompts(len(data.train), setup.batch)
         clock.mark("make")
-        check_gold(app, judge, data, progress)
+        check_gold(app, judge, data, progress, rows=None if config.data.folder else 64)  # ours were checked when made
         model, tokenizer, warm = start(app, config, data, judge, progress)
         clock.mark("warmup")
         before = kept_evaluation(folder, "before", lambda: full_evaluation(model, tokenizer, judge, data.test, config))
@@ -75,13 +80,12 @@ def _run(app: App, config: Config, folder: RunFolder, progress: Progress, comman
         clock.mark("rl")
         after = full_evaluation(trained, tokenizer, judge, data.test, config)
         clock.mark("eval")
-        summary = summarise(app, config, setup, data, folder, before, after, judge)
+        summary = summarise(setup, data, folder, before, after, judge, task)
     summary["seconds"] = {**clock.seconds, "warmup_made": warm["seconds"]}
     summary["update_size"] = warm["distance"](trained)
     target = export_model(folder.path, trained, tokenizer, app, config, data.test[0]["prompt"])
     write_card(target, summary, list(setup.composite), config.model.path)
     folder.write_json("eval.json", evaluation_json(app, data.test, after, setup.headline))
-    folder.write_json("summary.json", summary)
     extra = {
         "table": summary["table"],
         "warmup": warm["curve"],
@@ -92,6 +96,7 @@ def _run(app: App, config: Config, folder: RunFolder, progress: Progress, comman
     }
     folder.write_json("report.json", extra)
     write_report(folder, summary, extra)
+    folder.write_json("summary.json", summary)  # last: it marks the run as finished
     final_table(progress, summary)
     progress.note(f"report: {folder.path / 'report.html'}")
     return summary
@@ -111,23 +116,44 @@ class Clock:
 
 
 class Setup:
-    """What is decided before any work: recipe, composite, batch arithmetic. Says it, and warns."""
+    """What is decided before any work: recipe, composite, batch arithmetic, trl's arguments.
 
-    def __init__(self, app: App, config: Config, progress: Progress, need_machine: bool = True):
+    Raises ConfigError or AppError for a config that cannot run; unless need_machine is False, also for one
+    that this machine cannot run.
+    """
+
+    def __init__(self, app: App, config: Config, need_machine: bool = True):
+        self.app, self.config = app, config
         if need_machine:
             refuse_machine(config)
+            if config.launch.sampler != "hf" and importlib.util.find_spec("vllm") is None:
+                raise ConfigError(
+                    f"launch.sampler={config.launch.sampler} needs the package vllm, which is not installed; it brings its "
+                    f'own torch, so it has its own environment. SET="launch.sampler=hf" does without'
+                )
         self.composite = app.composite(config.rewards.preset, config.rewards.weights)
-        self.recipe = recipes.build(config.objective)
+        try:
+            self.recipe = recipes.build(config.objective)
+        except ValueError as error:
+            raise ConfigError(f"objective: {error}") from error
         self.batch: Batch = batch(config, int(os.environ.get("WORLD_SIZE", "1")))
+        with quiet():
+            arguments(
+                config, self.batch, self.recipe, Path()
+            )  # for its refusals: a typo in `trainer:` costs no warm start
         self.headline = next(iter(app.metrics))
+
+    def say(self, progress: Progress) -> None:
+        """One line each: recipe and batch, rewards; and the warnings."""
         weights = {name: weight for name, (weight, _) in self.composite.items()}
-        progress.note(f"{app.name}: recipe {self.recipe.name}; {self.batch.line()}")
+        progress.note(f"{self.app.name}: recipe {self.recipe.name}; {self.batch.line()}")
         progress.note("rewards: " + ", ".join(f"{weight:g} x {name}" for name, weight in weights.items()))
-        chosen = config.objective["recipe"]
-        for sentence in app.warnings(weights, app.outcome, [chosen] if isinstance(chosen, str) else list(chosen)):
+        chosen = self.config.objective["recipe"]
+        names = [chosen] if isinstance(chosen, str) else list(chosen)
+        for sentence in self.app.warnings(weights, self.app.outcome, names):
             progress.warn(sentence)
-        if config.run.control != "none":
-            progress.warn(f"run.control={config.run.control}: this run is a control and must not learn")
+        if self.config.run.control != "none":
+            progress.warn(f"run.control={self.config.run.control}: this run is a control and must not learn")
 
 
 def refuse_machine(config: Config) -> None:

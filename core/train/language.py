@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from accelerate.utils import gather, gather_object
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
 from core.app import Row, unknown
-from core.config import Batch, Config, ConfigError
+from core.config import Batch, Config, ConfigError, convert
 from core.objective.group import Group
 from core.objective.recipes import Recipe
 from core.objective.rows import Counts, Rows
@@ -81,14 +81,28 @@ def arguments(config: Config, batch: Batch, recipe: Recipe, output: Path) -> GRP
         raise ConfigError(
             "objective.entropy_coef and trainer.entropy_coef would both add an entropy bonus; keep the first"
         )
-    known = GRPOConfig.__dataclass_fields__
-    for name in config.trainer:
-        if name not in known:
-            raise ConfigError(unknown("field of trl.GRPOConfig in trainer:", name, known))
+    kinds = get_type_hints(GRPOConfig)
+    theirs = {}
+    for name, value in config.trainer.items():
+        if name not in GRPOConfig.__dataclass_fields__:
+            raise ConfigError(unknown("field of trl.GRPOConfig in trainer:", name, GRPOConfig.__dataclass_fields__))
+        plain = {kinds[name], *get_args(kinds[name])} <= {bool, int, float, type(None), kinds[name]}
+        theirs[name] = convert(value, kinds[name], f"trainer.{name}") if plain else value
     try:
-        return GRPOConfig(**{**ours, **config.trainer})
+        return GRPOConfig(**ours | theirs)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"trl refuses the trainer's arguments: {error}") from error
+
+
+def refuse_few_prompts(count: int, batch: Batch) -> None:
+    """Raise ConfigError if `count` training prompts do not fill one generation batch: TRL would train zero steps."""
+    needed = batch.generation // batch.group
+    if count < needed:
+        raise ConfigError(
+            f"{count} training prompts are fewer than the {needed} of one generation batch "
+            f"(prompts_per_step={batch.prompts} x steps_per_batch={batch.steps_per_batch}); TRL would train zero steps. "
+            f"Lower rollout.prompts_per_step or give more data"
+        )
 
 
 class LanguageTrainer(GRPOTrainer):
@@ -119,13 +133,7 @@ class LanguageTrainer(GRPOTrainer):
             raise ConfigError(
                 f"recipe {recipe.name} needs {', '.join(sorted(missing))}, which the language trainer cannot give"
             )
-        needed = batch.generation // batch.group
-        if len(rows) < needed:
-            raise ConfigError(
-                f"{len(rows)} training prompts are fewer than the {needed} of one generation batch "
-                f"(prompts_per_step={batch.prompts} x steps_per_batch={batch.steps_per_batch}); TRL would train zero steps. "
-                f"Lower rollout.prompts_per_step or give more data"
-            )
+        refuse_few_prompts(len(rows), batch)
         self.rows, self.scorer, self.recipe, self.outcome = rows, scorer, recipe, outcome
         self.run_control, self.on_rollouts = config.run.control, on_rollouts  # Trainer.control is something else
         self.weights = torch.tensor(list(weights), dtype=torch.float32)

@@ -22,7 +22,7 @@ from core.run.evaluate import Judge
 from core.run.evaluation import run_evaluation
 from core.run.folder import RunFolder
 from core.run.progress import Progress
-from core.run.train import run_training
+from core.run.train import Setup, run_training
 
 SMALL = (
     "data.train_rows=48", "data.test_rows=16", "model.width=32", "model.layers=1", "warmup.steps=2",
@@ -48,7 +48,7 @@ class Workplace:
         config = config or self.config
         console = Console(file=self.said, width=200)
         with RunFolder.open(folder, config.as_dict()) as run, Progress(2, "test", console) as progress:
-            return run_training(self.app, config, run, progress, f"make train APP={self.app.name}")
+            return run_training(Setup(self.app, config), run, progress, f"make train APP={self.app.name}")
 
 
 @pytest.fixture(scope="module", params=apps.names())

@@ -73,7 +73,7 @@ def test_apps_and_recipes_are_listed(capsys):
         (["eval", SQL, "--run", "other"], "runs/text_to_sql/other holds no trained model; run make train"),
         (["eval", SQL, "--model", "nowhere"], "MODEL=nowhere cannot be loaded"),
         (["report", SQL], "has no finished run; run make train APP=text_to_sql first"),
-        (["predict", SQL, "--input", "none.jsonl", "--output", "o"], "INPUT=none.jsonl does not exist"),
+        (["predict", SQL, "--input", "none.jsonl", "--output", "o"], "INPUT=none.jsonl is no file"),
     ],
 )
 def test_a_mistake_is_one_sentence(capsys, arguments, sentence):

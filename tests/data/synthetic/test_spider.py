@@ -20,7 +20,7 @@ from data.synthetic.spider_lint import build
 from data.synthetic.spider_templates import HELD_OUT, TEMPLATES
 from rewards.sandbox.sqlite import execute
 
-SMALL = {"train_databases": 4, "dev_databases": 4, "train_questions": 40, "dev_questions": 16, "dev_held_out": 8}
+SMALL = {"train_databases": 8, "dev_databases": 4, "train_questions": 60, "dev_questions": 16, "dev_held_out": 8}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_loader_reads_back_every_question(folder, splits):
         assert read == [(row["question"], row["sql"], row["kind"], row["novel"]) for row in splits[split]]
         gold = (folder / f"{split}_gold.sql").read_text().splitlines()
         assert gold == [f"{row['sql']}\t{row['db_id']}" for row in splits[split]]
-    assert (len(splits["train"]), len(splits["dev"])) == (160, 64)
+    assert (len(splits["train"]), len(splits["dev"])) == (480, 64)
 
 
 def test_schema_of_tables_json_is_that_of_the_file(splits):

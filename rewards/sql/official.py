@@ -1,8 +1,8 @@
 """Spider's own execution accuracy: the semantics of taoyds/test-suite-sql-eval, run by our engine. A metric, not a
 reward.
 
-Known from a written account of the script, not read again in its code (grade b), and kept, holes included: rows are a bag, up to any permutation of the columns; order matters
-if "order by" occurs anywhere in gold's text; DISTINCT is removed from both queries; two empty results are equal
+Known from a written account of the script, not read again in its code (grade b), and kept, holes included: rows are a
+bag, up to any permutation of the columns; order matters if "order by" occurs anywhere in gold's text; DISTINCT is removed from both queries; two empty results are equal
 whatever their columns; "value" in a prediction becomes 1 (so a gold query that holds it fails against itself); "> ="
 becomes ">=" even in literals; YEAR(CURDATE()) becomes 2020; every .sqlite file beside the database is one more test.
 Different on purpose: only queries run (there a DELETE matches an empty gold), a timeout really stops (there it counts

@@ -2,9 +2,10 @@
 reward.
 
 Known from a written account of the script, not read again in its code (grade b), and kept, holes included: rows are a
-bag, up to any permutation of the columns; order matters if "order by" occurs anywhere in gold's text; DISTINCT is removed from both queries; two empty results are equal
-whatever their columns; "value" in a prediction becomes 1 (so a gold query that holds it fails against itself); "> ="
-becomes ">=" even in literals; YEAR(CURDATE()) becomes 2020; every .sqlite file beside the database is one more test.
+bag, up to any permutation of the columns; order matters if "order by" occurs anywhere in gold's text; DISTINCT is
+removed from both queries; two empty results are equal whatever their columns; "value" in a prediction becomes 1 (so a
+gold query that holds it fails against itself); "> =" becomes ">=" even in literals; YEAR(CURDATE()) becomes 2020; every
+.sqlite file beside the database is one more test.
 Different on purpose: only queries run (there a DELETE matches an empty gold), a timeout really stops (there it counts
 as success), the search for a column permutation is complete up to a budget of NODES (there it is exponential), after
 which the prediction is wrong with the reason undecided.

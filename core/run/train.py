@@ -267,6 +267,8 @@ class Follow(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step == 0:
             self._evaluate(0, model)
+        for line in self.folder.read_metrics() if state.global_step else ():  # resumed: what health saw before
+            self.health.update(line["step"], line)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self.config.evaluate.every and state.global_step % self.config.evaluate.every == 0:

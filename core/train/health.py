@@ -6,11 +6,10 @@ thresholds are working values of practice (derived, no paper): each names in its
 Not covered: rewards that are hacked while the metric is not measured, and slow drift within normal ranges.
 """
 
-import copy
 import math
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 WINDOW = 20
 RATIO_TOLERANCE = 1e-3
@@ -104,15 +103,6 @@ class Health:
                         "whatever its gradient. Watch reward and metric instead.")
             )  # fmt: skip
         return found
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything remembered, as JSON types."""
-        memory = {name: value for name, value in vars(self).items() if name not in ("sign", "updates_per_batch")}
-        return copy.deepcopy({**memory, "recent": list(self.recent)})
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(copy.deepcopy(dict(state)))
-        self.recent = deque(self.recent, maxlen=WINDOW)
 
     # ---------------------------------------------------------------- inside
 

@@ -149,6 +149,11 @@ def test_gold_that_scores_less_or_cannot_be_judged_fails_and_names_the_row():
     assert "3 rows could not be judged" in findings[1].detail
 
 
+def test_a_split_without_rows_fails():
+    judge = Judge(lambda text: 1.0)
+    assert {(f.ok, f.detail) for f in self_check(toy(), [], judge, judge)} == {(False, "there are no rows")}
+
+
 @pytest.mark.parametrize(("score", "ok"), [(0.0, True), (0.2, True), (0.3, False), (None, False)])
 def test_a_canary_fails_outside_of_its_range_or_unscored(score, ok):
     judge = Judge(lambda text: score if text == "!" else 1.0)

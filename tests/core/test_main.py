@@ -1,6 +1,9 @@
 """core.main: every mistake of a new user is one sentence and exit code 2; and what the Makefile's options become."""
 
+import re
 import sqlite3
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from core import app as apps
 from core import config as configs
 from core.main import COMMANDS, HELP, command, main, parser, resolved, run_path
 from core.run.folder import RunFolder
+from data.synthetic import spider
 
 SQL = "--app=text_to_sql"
 
@@ -70,6 +74,17 @@ def test_apps_and_recipes_are_listed(capsys):
         (["train", SQL, "--set", "optim.micro_batch=7"], "optim.micro_batch=7 does not divide the 64 rollouts"),
         (["train", SQL, "--data", "nowhere"], "DATA=nowhere is not a folder; see data/README.md"),
         (["train", SQL, "--set", "run.needs_gpu=true", "--model", "Qwen/Q-7B"], "about"),
+        (["train", SQL, "--set", "optim.lr=[1"], "override 'optim.lr=[1': the value is not valid YAML"),
+        (["train", SQL, "--set", '"optim.lr=1'], "cannot be split into section.key=value"),
+        (["train", SQL, "--set", "optim.lr.x=1"], "reaches into optim.lr, which is a value"),
+        (["train", SQL, "--set", "optim.lr=.inf"], "optim.lr=inf is not a finite number"),
+        (["train", SQL, "--set", "rollout.top_p=2"], "rollout.top_p=2.0 is a share"),
+        (["train", SQL, "--set", "warmup.steps=0"], "warmup.labels=demonstrations and warmup.steps=0 contradict"),
+        (["train", SQL, "--set", "optim.schedule=linar"], "linar is not a valid SchedulerType"),
+        (["train", SQL, "--set", "trainer.adam_beta2=x"], "trainer.adam_beta2='x' is not a finite number"),
+        (["train", SQL, "--set", "trainer.adam_bet2=1"], "did you mean 'adam_beta2'?"),
+        (["train", SQL, "--set", "launch.sampler=vllm_colocate"], "needs the package vllm, which is not installed"),
+        (["train", SQL, "--dry-run", "--set", "objective.recipe=drgrpo"], "did you mean 'dr_grpo'"),
         (["eval", SQL, "--run", "other"], "runs/text_to_sql/other holds no trained model; run make train"),
         (["eval", SQL, "--model", "nowhere"], "MODEL=nowhere cannot be loaded"),
         (["report", SQL], "has no finished run; run make train APP=text_to_sql first"),
@@ -78,6 +93,63 @@ def test_apps_and_recipes_are_listed(capsys):
 )
 def test_a_mistake_is_one_sentence(capsys, arguments, sentence):
     assert sentence in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize("change", [["--set", "optim.schedule=linar"], ["--data", "nowhere"]])
+def test_a_config_that_cannot_run_deletes_nothing(capsys, home, change):
+    path = home / "runs" / "text_to_sql" / "tiny-s0"
+    with RunFolder.open(path, {}) as run:
+        run.write_text("precious.txt", "")
+    refused(capsys, "train", SQL, "--fresh", *change)
+    assert (path / "precious.txt").exists()
+
+
+def test_a_run_is_evaluated_with_its_own_config_and_what_the_command_adds(home):
+    options = parser().parse_args(["eval", SQL, "--run", "mine", "--set", "evaluate.batch_size=7"])
+    config = resolved(options)[1]
+    made = replace(config, rollout=replace(config.rollout, max_completion_length=33))
+    RunFolder.open(home / "runs" / "text_to_sql" / "mine", made.as_dict()).close()
+    assert resolved(options, of_run=True)[1] == made
+    assert resolved(options)[1] == config
+    options.model = "other"
+    assert resolved(options, of_run=True)[1].rollout == config.rollout
+
+
+def test_another_package_of_a_room_s_name_is_refused(capsys, home, monkeypatch):
+    (home / "data").mkdir()
+    (home / "data" / "__init__.py").write_text("")
+    monkeypatch.delitem(sys.modules, "data", raising=False)
+    monkeypatch.syspath_prepend(str(home))
+    assert f"the package 'data' comes from {home / 'data'}" in refused(capsys, "apps")
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ModuleNotFoundError("No module named 'peft'", name="peft"), "the package 'peft' is not installed; make setup"),
+        (ModuleNotFoundError("this needs sqlglot; install it"), "this needs sqlglot; install it"),
+    ],
+)
+def test_a_missing_package_is_a_sentence_but_a_missing_file_of_ours_is_a_bug(capsys, monkeypatch, error, sentence):
+    def missing(options):
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "apps", missing)
+    assert sentence in refused(capsys, "apps")
+    error.name = "core.lost"
+    with pytest.raises(ModuleNotFoundError):
+        main(["apps"])
+
+
+def test_a_database_that_does_not_open_stops_the_run_before_training(capsys, home):
+    spider.write(home / "data", 0, train_databases=4, dev_databases=2, train_questions=10, dev_questions=5)
+    for path in (home / "data").glob("database/*/*.sqlite"):
+        path.write_bytes(b"SQLite format 3\0" + b"x" * 5000)
+    arguments = ["train", SQL, "--data", home / "data", "--set", "rewards.max_failure_share=1 rewards.workers=1"]
+    error = refused(capsys, *arguments).splitlines()[-1]
+    assert re.search(
+        r"gold answer of row train-\d+ cannot be judged on execution_match \(database_unavailable: .*sqlite", error
+    )
 
 
 def test_a_new_app_needs_a_fresh_name_that_python_can_import(capsys):
@@ -111,6 +183,11 @@ def test_a_request_that_cannot_be_read_is_named_by_its_line(capsys, home):
     (home / "in.jsonl").write_text(f'{{"question": "?", "database": "{home}/d.sqlite"}}\n\n{{"question": "?"}}\n')
     error = refused(capsys, "predict", SQL, "--input", "in.jsonl", "--output", "out.jsonl")
     assert "in.jsonl, line 3 lacks the key 'database'" in error
+    for text, sentence in (("[1]", "line 1 is not a JSON object: [1]"), ("", "INPUT=in.jsonl is empty"),
+                           ('{"question": 3, "database": "d.sqlite"}', "line 1: 'question' is 3; it must be text")):  # fmt: skip
+        (home / "in.jsonl").write_text(text)
+        assert sentence in refused(capsys, "predict", SQL, "--input", "in.jsonl", "--output", "out.jsonl")
+    assert "OUTPUT=. is a folder" in refused(capsys, "predict", SQL, "--input", "in.jsonl", "--output", "")
 
 
 def test_after_a_refused_config_the_mended_one_may_use_the_same_run(home):

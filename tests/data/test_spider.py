@@ -140,6 +140,7 @@ def drop_database(folder):
         (drop_database, FileNotFoundError, ["train-00000", "database/music/music.sqlite"]),
         (lambda f: put(f / "dev.json", [entry("nowhere")]), ValueError, ['"nowhere"', "dev-00000", "tables.json"]),
         (lambda f: put(f / "dev.json", [entry(), {"db_id": "music"}]), ValueError, ["entry 1", '"question"']),
+        (lambda f: put(f / "dev.json", [entry() | {"query": None}]), ValueError, ["dev-00000", '"query" is None']),
         (lambda f: put(f / "dev.json", ["music"]), ValueError, ["entry 0", '"db_id"']),
         (lambda f: put(f / "dev.json", {"db_id": "music"}), ValueError, ["holds a dict", "list"]),
         (lambda f: (f / "dev.json").write_text("[{"), ValueError, ["dev.json is not JSON"]),

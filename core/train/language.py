@@ -14,22 +14,25 @@ tool mask, entropy bonus, router loss) is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
 from accelerate.utils import gather, gather_object
 from datasets import Dataset
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
+from core import ranks
 from core.app import Row, unknown
 from core.config import Batch, Config, ConfigError, convert
 from core.objective.group import Group
 from core.objective.recipes import Recipe
-from core.objective.rows import Counts, Rows
-from core.scoring import Scorer
+from core.objective.rows import Counts, Metrics, Rows
+from core.scoring import Scorer, Scores
 
 # What a recipe may ask for in `needs`; anything else is refused at construction.
 PROVIDES = frozenset({"whole_rollouts"})
@@ -137,10 +140,13 @@ class LanguageTrainer(GRPOTrainer):
         self.rows, self.scorer, self.recipe, self.outcome = rows, scorer, recipe, outcome
         self.run_control, self.on_rollouts = config.run.control, on_rollouts  # Trainer.control is something else
         self.weights = torch.tensor(list(weights), dtype=torch.float32)
+        args = arguments(config, batch, recipe, output)
+        if args.beta and peft_config is None and not model.config._name_or_path:
+            self._keep_reference(model, output / "reference")
         super().__init__(
             model=model,
             reward_funcs=[_named(name) for name in scorer.names],
-            args=arguments(config, batch, recipe, output),
+            args=args,
             train_dataset=Dataset.from_dict({"prompt": [row["prompt"] for row in rows], "row": list(range(len(rows)))}),
             processing_class=tokenizer,
             callbacks=list(callbacks),
@@ -148,12 +154,20 @@ class LanguageTrainer(GRPOTrainer):
         )
         self.reward_weights = self.weights  # TRL logs the weighted sum as `reward`
 
+    @staticmethod
+    def _keep_reference(model: PreTrainedModel, folder: Path) -> None:
+        """TRL reads the reference from the policy's own path; a policy that was built in memory gets one."""
+        with ranks.main_first():
+            if ranks.is_main() and not (folder / "config.json").exists():
+                model.save_pretrained(folder)
+        model.config._name_or_path = str(folder)
+
     # -- credit: once per generation batch, on whole groups of all ranks ------------------------------------------------
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
         rows = [self.rows[example["row"]] for example in inputs]
-        scores = self.scorer.score(texts, rows, self.num_generations)
+        scores = self._score(texts, rows)
         for name, value in scores.metrics.items():
             self._metrics["train"][name].append(float(value))
         values = torch.tensor(scores.values, dtype=torch.float32, device=self.accelerator.device)
@@ -168,11 +182,23 @@ class LanguageTrainer(GRPOTrainer):
         }
         return self._judged["rewards"]
 
+    def _score(self, texts: list[str], rows: list[Row]) -> Scores:
+        """The scorer's verdicts. What it raises on one rank ends every rank, instead of leaving them to wait for it."""
+        scores, problem = None, None
+        try:
+            scores = self.scorer.score(texts, rows, self.num_generations)
+        except Exception as error:
+            problem = error
+        if ranks.any_rank(problem is not None):
+            raise problem or ranks.OtherRankFailed("another rank could not score its rollouts")
+        return scores
+
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
         if not self.model.training:
             return output
-        credit = self.recipe.credit(self._group(output))
+        group = self._group(output)
+        credit = self.recipe.credit(group)
         advantage, keep = credit.advantage, credit.keep
         if self.run_control == "shuffled_advantages":
             kept = keep.nonzero().squeeze(1)
@@ -183,6 +209,7 @@ class LanguageTrainer(GRPOTrainer):
         own = advantage[mine] if advantage.dim() == 1 else advantage[mine, : output["completion_ids"].size(1)]
         group_id = torch.arange(len(keep), device=keep.device) // self.num_generations
         output |= {"advantages": own, "keep": keep[mine], "group_id": group_id[mine]}
+        output |= {"kept_rows": keep.sum(), "kept_tokens": (group.mask * keep.unsqueeze(1)).sum()}
         output |= {f"{EXTRA}{name}": value[mine] for name, value in credit.extras.items()}
         for name, value in credit.metrics.items():
             self._metrics["train"][name].append(float(value))
@@ -256,21 +283,24 @@ class LanguageTrainer(GRPOTrainer):
                 extras={name.removeprefix(EXTRA): value for name, value in inputs.items() if name.startswith(EXTRA)},
             )
         )
-        mode = "train" if self.model.training else "eval"
-        accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1
-        value = loss.sum / loss.count
-        value = value / accumulation if loss.local else value * self.accelerator.num_processes
-        for name, (total, count) in loss.metrics.items():
-            total, count = self.accelerator.reduce(torch.stack([total.float(), count.float()]), reduction="sum")
-            self._metrics[mode][name].append((total / count.clamp(min=1.0)).item())
+        accumulation = self.current_gradient_accumulation_steps
+        if loss.local:
+            value = loss.sum / loss.count / accumulation
+        else:  # ranks average their gradients, so each divides by its share of the count
+            value = loss.sum / (loss.count / self.accelerator.num_processes)
+        self._log_sums(loss.metrics)
         if self._entropy_bonus_enabled:
-            value = value - self._entropy_bonus(
-                entropy, mask if entropy_mask is None else mask * entropy_mask, mode, accumulation
-            )
+            value = value - self._entropy_bonus(entropy, mask if entropy_mask is None else mask * entropy_mask)
         if self.aux_loss_enabled:
             value = value + self.router_aux_loss_coef * aux_loss / accumulation
-            self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
+            self._metrics["train"]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
         return value
+
+    def _log_sums(self, metrics: Metrics) -> None:
+        """Means over all ranks, in one reduction."""
+        sums = torch.stack([part.float() for pair in metrics.values() for part in pair])
+        for name, (total, count) in zip(metrics, self.accelerator.reduce(sums).view(-1, 2).tolist(), strict=True):
+            self._metrics["train"][name].append(total / max(count, 1.0))
 
     def _weight(self, inputs, logps, entropy, mask):
         """What TRL multiplies the surrogate with, in TRL's order; None if nothing is switched on."""
@@ -294,28 +324,25 @@ class LanguageTrainer(GRPOTrainer):
         return weight, entropy_mask
 
     def _counts(self, inputs) -> Counts:
-        """Kept rows and kept tokens of the whole update: every micro-batch of the accumulation window, every rank."""
-        window = [inputs]
-        if self.model.training:
-            size = self.current_gradient_accumulation_steps
-            start = self._step % self.args.steps_per_generation // size * size
-            window = self._buffered_inputs[start : start + size]
-        keeps = [part.get("keep", torch.ones_like(_loss_mask(part)[:, 0])) for part in window]
-        rows = sum(keep.sum() for keep in keeps)
-        tokens = sum((_loss_mask(part) * keep.unsqueeze(1)).sum() for part, keep in zip(window, keeps, strict=True))
-        rows, tokens = self.accelerator.reduce(torch.stack([rows.float(), tokens.float()]), reduction="sum").tolist()
+        """Kept rows and tokens of one update, all ranks: the generation batch's, shared out evenly over its updates.
+
+        So every token of a generation batch weighs the same, in whichever update it lands, and no rank has to ask another.
+        """
+        rows, tokens = (
+            inputs[name] * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+            for name in ("kept_rows", "kept_tokens")
+        )
         return Counts(rows=rows, tokens=tokens, max_length=self.max_completion_length)
 
-    def _entropy_bonus(self, entropy, mask, mode, accumulation):
+    def _entropy_bonus(self, entropy, mask):
         """TRL's own entropy bonus (trainer.entropy_coef, trainer.use_adaptive_entropy): a token mean per micro-batch."""
-        bonus = (entropy * mask).sum() / mask.sum().clamp(min=1.0) / accumulation
+        bonus = (entropy * mask).sum() / mask.sum().clamp(min=1.0) / self.current_gradient_accumulation_steps
         coefficient = self.entropy_coef
         if self.use_adaptive_entropy:
             coefficient = self.entropy_coef if self._last_world_entropy <= self.args.entropy_target else 0.0
-            if mode == "train":
-                self._adapt_entropy(torch.stack([(entropy * mask).sum(), mask.sum()]).detach())
-        if mode == "train" and self.accelerator.sync_gradients:
-            self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
+            self._adapt_entropy(torch.stack([(entropy * mask).sum(), mask.sum()]).detach())
+        if self.accelerator.sync_gradients:
+            self._metrics["train"]["entropy_coef"].append(self.entropy_coef)
         return coefficient * bonus
 
     def _adapt_entropy(self, stats: torch.Tensor) -> None:
@@ -329,6 +356,55 @@ class LanguageTrainer(GRPOTrainer):
         step = self.args.entropy_coef_delta if measured <= self.args.entropy_target else -self.args.entropy_coef_delta
         self.entropy_coef = min(max(self.entropy_coef + step, self.args.entropy_coef_min), self.args.entropy_coef_max)
         self._last_world_entropy, self._entropy_window_stats = measured, None
+
+    # -- going on: what stock forgets ---------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, dataset=None):
+        stock = super()._get_train_sampler(dataset)
+        rollouts = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        return _EpochSampler(stock, lambda: self.state.global_step // (len(stock) // rollouts))
+
+    def _save_rng_state(self, output_dir):
+        """Also the micro-batch counter and a generation batch that has steps left: a checkpoint may fall inside one."""
+        super()._save_rng_state(output_dir)
+        half_used = self._step % (self.args.steps_per_generation * self.num_iterations)
+        state = {"step": self._step, "ranks": ranks.count(), "batch": self._buffered_inputs if half_used else None}
+        torch.save(state, self._generation_file(output_dir))
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        path = self._generation_file(checkpoint)
+        state = torch.load(path, map_location=self.accelerator.device, weights_only=True) if path.exists() else {}
+        if state.get("ranks") != ranks.count():
+            raise ConfigError(
+                f"{checkpoint} was written by {state.get('ranks', 'fewer')} ranks and this run has {ranks.count()}; a run goes on "
+                f"with as many as it began with (GPUS=), or starts again under another name (RUN=)"
+            )
+        self._step, self._buffered_inputs = state["step"], state["batch"]
+
+    @staticmethod
+    def _generation_file(checkpoint: str) -> Path:
+        return Path(checkpoint) / f"generation_{ranks.index()}.pt"
+
+
+class _EpochSampler(Sampler):
+    """TRL's sampler, which in a resumed run goes on with the permutation of its epoch instead of the first one.
+
+    epoch: asked when an iteration begins, because data loaders that skip or share out batches do not pass `set_epoch` on.
+    """
+
+    def __init__(self, stock: RepeatSampler, epoch: Callable[[], int]):
+        self.stock, self.epoch = stock, epoch
+
+    def __len__(self) -> int:
+        return len(self.stock)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.stock.shuffle:
+            self.stock.generator.manual_seed(self.stock.seed)
+            for _ in range(self.epoch()):
+                torch.randperm(self.stock.num_samples, generator=self.stock.generator)
+        return iter(self.stock)
 
 
 def _loss_mask(inputs: dict[str, Any]) -> torch.Tensor:

@@ -58,7 +58,7 @@ def settings(steps=STEPS, prompts=2, group=4, micro=4, parts=1, passes=2, seed=0
         task=None,
         rollout=Rollout(**rollout, max_completion_length=8),
         optim=Optim(steps=steps, lr=1e-2, micro_batch=micro),
-        run=Run(seed=seed, control=control, save_every=2),
+        run=Run(seed=seed, control=control, save_every=1),
         trainer={"gradient_checkpointing": False, "save_strategy": "no"} | trainer,
     )
 
@@ -282,21 +282,19 @@ def test_a_failed_check_leaves_its_row_out_and_the_rest_of_its_group_as_if_it_ha
     assert logged(trainer, "reward_failures/unsure_of_some")[0] == batches[0]["keep"].count(0.0)
 
 
-def test_counts_are_those_of_the_step_and_not_of_the_generation_batch(ours):
-    """Two steps from one generation batch, two micro-batches each; TRL itself takes the batch's average instead."""
+def test_counts_are_the_generation_batch_s_shared_evenly_over_its_steps(ours):
+    """Two steps from one generation batch, two micro-batches each: every token of the batch weighs the same."""
     seen = []
 
     def counting(per_decision, rows):
-        seen.append((rows.counts.tokens, rows.counts.rows, int(rows.loss_mask.sum()), len(rows.mask)))
+        seen.append((float(rows.counts.tokens), float(rows.counts.rows), int(rows.loss_mask.sum()), len(rows.mask)))
         return reduce_loss(per_decision, rows, reduction="token_mean")
 
     train(ours(replace(RECIPES["dapo"], reduce=counting), settings(parts=2, passes=1)))
-    steps = [seen[i : i + 2] for i in range(0, 2 * STEPS, 2)]
-    for parts in steps:
-        assert {(tokens, rows) for tokens, rows, *_ in parts} == {
-            (sum(part[2] for part in parts), sum(part[3] for part in parts))
-        }
-    assert len({parts[0][0] for parts in steps}) > 1
+    for parts in (seen[:4], seen[4:]):
+        tokens, rows = (sum(part[i] for part in parts) / 2 for i in (2, 3))
+        assert {part[:2] for part in parts} == {(tokens, rows)}
+        assert parts[0][2] + parts[1][2] != tokens
 
 
 def test_rollouts_come_grouped_by_prompt_with_scores_and_row_ids(ours):
@@ -312,14 +310,33 @@ def test_rollouts_come_grouped_by_prompt_with_scores_and_row_ids(ours):
 # -- going on
 
 
-@pytest.mark.parametrize("control", ["none", "shuffled_advantages"])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(control, ours, tmp_path):
-    config = settings(control=control, save_strategy="steps")
-    whole = train(ours(config=config))
-    checkpoint = tmp_path / "ours" / "checkpoint-2"
+GOING_ON = {  # of twelve prompts, two a step: (settings, steps, the checkpoint gone on from)
+    "in the first epoch": ({"passes": 1}, 8, 2),
+    "at the end of an epoch": ({"passes": 1}, 8, 6),
+    "in the second epoch": ({"passes": 1}, 10, 7),
+    "in the third epoch": ({"passes": 1}, 15, 13),
+    "with one accumulation step": ({"passes": 1, "micro": 8}, 8, 7),
+    "between two passes over a batch": ({"passes": 2}, 4, 3),
+    "between two passes, in the second epoch": ({"passes": 2}, 16, 13),
+    "between two parts of a batch": ({"parts": 2, "passes": 1}, 8, 7),
+    "between parts and passes": ({"parts": 2, "passes": 2}, 16, 14),
+    "with shuffled advantages": ({"passes": 1, "control": "shuffled_advantages"}, 8, 7),
+    "with the old log-probs of a KL": ({"passes": 2}, 4, 3),
+}
+
+
+@pytest.mark.parametrize("case", list(GOING_ON))
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(case, ours, tmp_path):
+    changes, steps, at = GOING_ON[case]
+    config = settings(steps=steps, **changes, save_strategy="steps", save_total_limit=None)
+    recipe = build({"recipe": "grpo", "beta": 0.04}) if "KL" in case else RECIPES["grpo"]
+    whole = train(ours(recipe, config))
+    checkpoint = tmp_path / "ours" / f"checkpoint-{at}"
     halfway = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).state_dict()
     assert not same(halfway, whole)
-    assert same(train(ours(config=config, policy=model(seed=1)), resume_from_checkpoint=str(checkpoint)), whole)
+    resumed = ours(recipe, config, policy=model(seed=1))
+    assert same(train(resumed, resume_from_checkpoint=str(checkpoint)), whole)
+    assert resumed.state.global_step == steps
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(ours):
@@ -363,6 +380,9 @@ OVERRIDDEN = {  # method -> the parameters it is called with
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     "_generate_and_score_completions": ("self", "inputs"),
     "_compute_loss": ("self", "model", "inputs"),
+    "_get_train_sampler": ("self", "dataset"),
+    "_save_rng_state": ("self", "output_dir"),
+    "_load_rng_state": ("self", "checkpoint"),
 }
 CALLED = {  # method -> the parameters that are given by name or place
     "_get_per_token_logps_and_entropies": (
@@ -377,12 +397,12 @@ CALLED = {  # method -> the parameters that are given by name or place
 ATTRIBUTES = (  # read or written: self.<name> of the trainer
     "_buffered_inputs", "_entropy_bonus_enabled", "_entropy_window_stats", "_last_world_entropy", "_metrics", "_step",
     "accelerator", "args", "aux_loss_enabled", "current_gradient_accumulation_steps", "entropy_coef",
-    "max_completion_length", "model", "num_generations", "off_policy_mask_threshold", "reward_weights",
+    "max_completion_length", "model", "num_generations", "num_iterations", "off_policy_mask_threshold", "reward_weights",
     "router_aux_loss_coef", "state", "top_entropy_quantile", "use_adaptive_entropy", "use_vllm",
     "vllm_importance_sampling_correction",
 )  # fmt: skip
 ARGUMENTS = (
-    "seed", "steps_per_generation", "entropy_target", "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max",
+    "seed", "steps_per_generation", "gradient_accumulation_steps", "entropy_target", "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max",
 )  # fmt: skip
 OURS = {"rows", "scorer", "recipe", "outcome", "run_control", "on_rollouts", "weights", "_judged"}
 ROWS = (  # keys of what _generate_and_score_completions returns
@@ -401,6 +421,8 @@ LINES = {  # method -> text that must stand in its source, because ours relies o
         "self._calculate_rewards(inputs, prompts, completions, completion_ids_list)",
         "self.accelerator.process_index * len(prompts)",
     ),
+    "_get_train_sampler": ("RepeatSampler(", "repeat_count=self.num_iterations * self.args.steps_per_generation"),
+    "_run_epoch": ("self._load_rng_state(resume_from_checkpoint)", "epoch_iterator = iter(train_dataloader)"),
 }
 
 

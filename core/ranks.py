@@ -1,0 +1,128 @@
+"""The ranks of a run: equal processes, one a GPU, that share each step; alone, everything here does nothing.
+
+`launch` starts them on this machine (GPUS=n) under torch's elastic agent; any other launcher that sets RANK and
+WORLD_SIZE does too (torchrun over several machines). Rank 0 is the main one: it alone owns the run folder and speaks.
+All of them must come to every function below in the same order; the process group is the trainer's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def count() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def index() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_count() -> int:
+    """Ranks on this machine; they share its cores."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", count()))
+
+
+def is_main() -> bool:
+    return index() == 0
+
+
+class OtherRankFailed(RuntimeError):
+    """Another rank ended the run; it has said why."""
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """The main rank does the block before the others; if it fails, they raise OtherRankFailed instead."""
+    if count() == 1:
+        yield
+    elif is_main():
+        try:
+            yield
+        except BaseException:
+            _told(False)
+            raise
+        _told(True)
+    else:
+        if not _told(True):
+            raise OtherRankFailed("the main rank failed")
+        yield
+
+
+def _told(fine: bool) -> bool:
+    """What the main rank says, on every rank."""
+    words = [fine]
+    dist.broadcast_object_list(words, src=0)
+    return words[0]
+
+
+def gather(part: Sequence[T]) -> list[T]:
+    """The lists of all ranks, one after the other in the order of the ranks; on every rank."""
+    if count() == 1:
+        return list(part)
+    parts: list[Any] = [None] * count()
+    dist.all_gather_object(parts, list(part))
+    return [item for one in parts for item in one]
+
+
+def any_rank(flag: bool) -> bool:
+    return any(gather([flag]))
+
+
+def share(length: int) -> list[int]:
+    """This rank's part of range(length): contiguous, and equally long on every rank, the last items repeated if need be.
+
+    Equally long because models whose weights are spread over ranks must be run equally often. `gather` of such parts, cut
+    to `length`, is in order again.
+    """
+    each = -(-length // count())
+    return [min(i, length - 1) for i in range(index() * each, (index() + 1) * each)]
+
+
+# -- starting them -----------------------------------------------------------------------------------------------------
+
+
+def launch(processes: int, arguments: Sequence[str]) -> int:
+    """Run this program with `arguments` as so many ranks on this machine; returns the first bad exit status, or 0.
+
+    SIGTERM and SIGINT are handed on to the ranks, which end in their own time. A rank that fails ends the others.
+    """
+    import psutil
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    def hand_on(number: int, frame: Any) -> None:
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        signals_to_handle="SIGQUIT",  # the agent's own answer to SIGTERM is to fail
+        logs_specs=DefaultLogsSpecs(redirects={rank: Std.OUT for rank in range(1, processes)}),
+    )
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        elastic_launch(config, sys.executable)("-P", "-m", "core.main", *arguments)
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode or 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0

@@ -78,7 +78,7 @@ class Rollout:
 class Rewards:
     preset: str = "default"
     weights: dict[str, float] = field(default_factory=dict)
-    workers: int = 2
+    workers: int = 2  # on one machine, shared out over its ranks
     timeout_s: float = 10.0
     memory_mb: int = 2048
     max_failure_share: float = 0.5
@@ -115,6 +115,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Launch:
+    """How the ranks of GPUS=n share the model, and what samples the rollouts."""
+
+    strategy: Literal["ddp", "fsdp", "deepspeed"] = "ddp"  # a whole copy on each; or weights spread over them
+    file: str | None = None  # JSON of fsdp or deepspeed; None: core/train/launch/<strategy>.json
     sampler: Literal["hf", "vllm_colocate", "vllm_server"] = "hf"
 
 
@@ -189,6 +193,9 @@ OWNED = {
     "vllm_mode": "launch.sampler",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
+    "fsdp": "launch.strategy",
+    "fsdp_config": "launch.file",
+    "deepspeed": "launch.file",
 }
 
 

@@ -6,10 +6,12 @@ Variables of make arrive as options; everything else is a key of the config (SET
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import yaml
 
 from core import app as apps
 from core import config as configs
+from core import ranks
 from core.app import AppError
 from core.config import Config, ConfigError
 
@@ -26,15 +29,25 @@ ROOMS = ("core", "rewards", "data", "apps")
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns 0, or 1 if a check failed, or 2 after one sentence on what the user can mend."""
     options = parser().parse_args(arguments)
+    options.arguments = sys.argv[1:] if arguments is None else arguments
     from core.pool import WorkerError
+    from core.run.stopping import Stopped
     from core.scoring import RewardsFailing
 
     try:
         refuse_strangers()
         return COMMANDS[options.command](options)
+    except Stopped as stopped:
+        if ranks.is_main():
+            print("stopped; the same command goes on", file=sys.stderr)
+        return 0 if stopped.args[0] == signal.SIGTERM else 128 + stopped.args[0]
+    except ranks.OtherRankFailed:
+        return 2
     except (ValueError, OSError, WorkerError, RewardsFailing) as error:  # most are subclasses of ours of ValueError
         if os.environ.get("DEBUG"):
             raise
+        if isinstance(error, ConfigError) and not ranks.is_main():
+            return 2  # every rank meets the same one
         print(f"error: {error}", file=sys.stderr)
         if type(error) is ValueError or isinstance(error, OSError):  # perhaps not meant for the user
             print("(DEBUG=1 shows where this was noticed)", file=sys.stderr)
@@ -46,7 +59,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {found if error.name else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
 
 
@@ -71,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--set", default="", help='overrides, "section.key=value ..."')
         if name == "train":
             command.add_argument("--fresh", action="store_true", help="delete the run of that name first")
+            command.add_argument("--gpus", type=int, default=1, help="processes, one a GPU (without GPUs: on the CPU)")
             command.add_argument(
                 "--dry-run", action="store_true", help="print the resolved config and the batch, and stop"
             )
@@ -150,20 +163,30 @@ def train(options: argparse.Namespace) -> int:
     from core.run.folder import RunFolder
     from core.run.progress import Progress
     from core.run.splits import refuse_missing_data
-    from core.run.train import Setup, run_training
+    from core.run.train import Setup, prepare, run_training
 
-    setup = Setup(app, config, need_machine=not options.dry_run)
+    started = "RANK" in os.environ  # by `launch` below, or by torchrun
+    if options.gpus < 1:
+        raise ConfigError(f"GPUS={options.gpus} is below its least value 1")
+    setup = Setup(app, config, None if started else options.gpus, need_machine=not options.dry_run)
     if options.dry_run:
         print(yaml.safe_dump(config.as_dict(), sort_keys=False), end="")
         print(f"# {setup.batch.line()}")
         return 0
     refuse_missing_data(config)
     path = run_path(options, app, config)
-    with (  # only now: FRESH=1 deletes, and a config that cannot run must not
-        RunFolder.open(path, config.as_dict(), fresh=options.fresh) as folder,
-        Progress(config.optim.steps, f"{app.name} {path.name}") as progress,
-    ):
-        run_training(setup, folder, progress, command(options), options.task)
+    with Progress(config.optim.steps, f"{app.name} {path.name}", quiet=not ranks.is_main()) as progress:
+        if options.gpus > 1 and not started:
+            if not RunFolder(path).finished or options.fresh:
+                prepare(setup, progress)
+            progress.close()
+            return ranks.launch(options.gpus, options.arguments)
+        with contextlib.ExitStack() as stack:  # only now: FRESH=1 deletes, and a config that cannot run must not
+            folder = RunFolder(path)
+            with ranks.main_first():
+                if ranks.is_main():
+                    folder = stack.enter_context(RunFolder.open(path, config.as_dict(), fresh=options.fresh))
+            run_training(setup, folder, progress, command(options), options.task)
     return 0
 
 
@@ -172,8 +195,9 @@ def command(options: argparse.Namespace) -> str:
     parts = [f"make {options.command} APP={options.app}"]
     if options.config != "tiny":
         parts.append(f"CONFIG={options.config}")
-    for name in ("data", "model", "task", "seed", "run"):
-        if (value := getattr(options, name)) is not None:
+    for name in ("data", "model", "task", "seed", "run", "gpus"):
+        value = getattr(options, name, None)
+        if value is not None and (name, value) != ("gpus", 1):
             parts.append(f"{name.upper()}={shlex.quote(str(value))}")
     return " ".join(parts + ([f"SET={shlex.quote(options.set)}"] if options.set else []))
 

@@ -14,8 +14,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
 T = TypeVar("T")
 
 
@@ -60,6 +58,8 @@ def main_first() -> Iterator[None]:
 
 def _told(fine: bool) -> bool:
     """What the main rank says, on every rank."""
+    import torch.distributed as dist
+
     words = [fine]
     dist.broadcast_object_list(words, src=0)
     return words[0]
@@ -69,6 +69,8 @@ def gather(part: Sequence[T]) -> list[T]:
     """The lists of all ranks, one after the other in the order of the ranks; on every rank."""
     if count() == 1:
         return list(part)
+    import torch.distributed as dist
+
     parts: list[Any] = [None] * count()
     dist.all_gather_object(parts, list(part))
     return [item for one in parts for item in one]
@@ -115,13 +117,14 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         local_addr="localhost",
         max_restarts=0,
         signals_to_handle="SIGQUIT",  # the agent's own answer to SIGTERM is to fail
-        logs_specs=DefaultLogsSpecs(redirects={rank: Std.OUT for rank in range(1, processes)}),
+        logs_specs=DefaultLogsSpecs(redirects=dict.fromkeys(range(1, processes), Std.OUT)),
     )
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         elastic_launch(config, sys.executable)("-P", "-m", "core.main", *arguments)
     except ChildFailedError as error:
-        return error.get_first_failure()[1].exitcode or 1
+        status = error.get_first_failure()[1].exitcode
+        return status if status > 0 else 128 - status  # as a shell says that a signal ended it
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -16,10 +16,14 @@ Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, count), detached; ad
 
 @dataclass
 class Counts:
-    """Of the whole update (every micro-batch, every rank): kept rows, kept decisions with mask 1; T's upper limit."""
+    """Of an update (every micro-batch, every rank): kept rows, kept decisions with mask 1; T's upper limit.
 
-    rows: float
-    tokens: float
+    Where several updates share a generation batch: the batch's, divided by their number, so that every decision of the
+    batch weighs the same, in whichever update it lands.
+    """
+
+    rows: float | Tensor
+    tokens: float | Tensor
     max_length: int
 
 
@@ -28,7 +32,7 @@ class Rows:
     """B rows of at most T decisions.
 
     logps: (B, T) nats, with gradient. mask: (B, T), 1 on decisions that carry loss. advantage: (B,) or (B, T).
-    counts: of the whole update. old_logps: (B, T) under the policy that sampled; None = `logps.detach()`.
+    counts: of the update. old_logps: (B, T) under the policy that sampled; None = `logps.detach()`.
     ref_logps: (B, T) under the reference policy. keep: (B,) in {0, 1}, 0 = out of loss and counts; None = all 1.
     group_id: (B,) int. entropy: (B, T) nats; with gradient if it is to be regularized.
     weight: (B, T) or (B, 1), multiplies the surrogate but no regularizer (sampler's importance ratio, off-policy mask).

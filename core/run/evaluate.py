@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from core import ranks
 from core.app import App, Row
 from core.config import Config
 from core.policy.language import Sampling, complete
@@ -48,7 +49,7 @@ class Judge:
 
     def __init__(self, app: App, config: Config, composite: dict[str, tuple[float, Any]]):
         limits = {
-            "workers": config.rewards.workers,
+            "workers": max(1, config.rewards.workers // ranks.local_count()),
             "timeout_s": config.rewards.timeout_s,
             "memory_mb": config.rewards.memory_mb,
             "max_failure_share": config.rewards.max_failure_share,
@@ -76,7 +77,15 @@ def grade(
 def evaluate(
     model, tokenizer, judge: Judge, rows: Sequence[Row], config: Config, *, samples: int = 0, with_rewards: bool = False
 ) -> Evaluation:
-    """Greedy completions of every row, graded; and `samples` sampled ones a row at the rollout's own temperature."""
+    """Greedy completions of every row, graded; and `samples` sampled ones a row at the rollout's own temperature.
+
+    The ranks of a run share the rows; each comes back with the whole evaluation.
+    """
+    total, rows = len(rows), [rows[i] for i in ranks.share(len(rows))]
+
+    def whole(part) -> list:
+        return ranks.gather(part)[:total]
+
     prompts = [row["prompt"] for row in rows]
     greedy = Sampling(config.rollout.max_completion_length, batch_size=config.evaluate.batch_size)
     completions, truncated = complete(model, tokenizer, prompts, greedy)
@@ -89,7 +98,9 @@ def evaluate(
     if with_rewards:
         values = judge.rewards.score(completions, list(rows)).values
         rewards = {name: values[:, k] for k, name in enumerate(judge.rewards.names)}
-    return Evaluation(completions, truncated, scores, reasons, sampled, rewards)
+    arrays = ({name: np.array(whole(values)) for name, values in part.items()} for part in (scores, sampled, rewards))
+    scores, sampled, rewards = arrays
+    return Evaluation(whole(completions), whole(truncated), scores, whole(reasons), sampled, rewards)
 
 
 def draws(model, tokenizer, rows: Sequence[Row], config: Config, count: int) -> list[list[str]]:
@@ -106,7 +117,7 @@ def draws(model, tokenizer, rows: Sequence[Row], config: Config, count: int) -> 
                 rollout.top_p,
                 rollout.top_k,
                 config.evaluate.batch_size,
-                seed=config.run.seed * 1009 + n,
+                seed=config.run.seed * 1009 + n + 7919 * ranks.index(),
             ),
         )[0]
         for n in range(count)

@@ -24,11 +24,11 @@ Trained with GRPO on verifiable rewards ({rewards}). {metric}: {before:.3f} befo
 """
 
 
-def export_model(folder: Path, model, tokenizer, app: App, config: Config, example: Any) -> Path:
-    """Write model/ whole or not at all (beside its place, then renamed)."""
+def export_model(folder: Path, model, tokenizer, app: App, config: Config, example: Any, weights: Any = None) -> Path:
+    """Write model/ whole or not at all (beside its place, then renamed). weights: of a model that is spread over ranks."""
     target, part = folder / "model", folder / ".model.part"
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part, safe_serialization=True)
+    model.save_pretrained(part, state_dict=weights)
     tokenizer.save_pretrained(part)
     form = {
         "app": app.name,

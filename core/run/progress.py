@@ -48,11 +48,14 @@ class Progress:
     """Shows the steps of a run. Use as a context manager; all text is taken raw and made safe here.
 
     total: steps of the run.  metric: name of the headline metric, read from `eval/<metric>`; None takes the first seen.
+    quiet: print nothing (every rank but the main one).
     """
 
-    def __init__(self, total: int, title: str, console: Console | None = None, metric: str | None = None):
+    def __init__(
+        self, total: int, title: str, console: Console | None = None, metric: str | None = None, quiet: bool = False
+    ):
         self.total, self.title, self.metric = total, title, metric
-        self.console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+        self.console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, quiet=quiet)
         self._phase = ""
         self._live: Live | None = None
         self._restart()

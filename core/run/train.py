@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
+from core import ranks
 from core.app import App, Row
 from core.config import Batch, Config, ConfigError, batch
 from core.objective import recipes
@@ -31,6 +31,7 @@ from core.run.progress import Progress
 from core.run.report import write_report
 from core.run.splits import Split, check_gold
 from core.run.start import start
+from core.run.stopping import StopRequest
 from core.run.summary import evaluation_json, final_table, samples, summarise
 from core.train.health import Health
 from core.train.language import LanguageTrainer, arguments, refuse_few_prompts
@@ -51,24 +52,40 @@ NAMES = {  # trl's and transformers' names of what is logged -> ours
 def run_training(
     setup: Setup, folder: RunFolder, progress: Progress, command: str, task: str | None = None
 ) -> dict[str, Any]:
-    """Run or resume the training of `setup` in `folder`; returns the summary. command: what makes it again; task: its TASK."""
+    """Run or resume the training of `setup` in `folder`; returns the summary ({} on all ranks but the main one).
+
+    command: what makes it again; task: its TASK. Raises core.run.stopping.Stopped after SIGTERM or SIGINT.
+    """
     if folder.finished:
         summary = json.loads((folder.path / "summary.json").read_text())
         progress.note(f"{folder.path} is finished; RUN=<another name> starts another, FRESH=1 does it again")
         final_table(progress, summary)
         return summary
     setup.say(progress)
-    with quiet():
-        return _run(setup, folder, progress, command, task)
+    with quiet(), StopRequest() as stop:
+        return _run(setup, folder, progress, stop, command, task)
 
 
-def _run(setup: Setup, folder: RunFolder, progress: Progress, command: str, task: str | None) -> dict[str, Any]:
-    app, config, clock = setup.app, setup.config, Clock()
-    with ev.Judge(app, config, setup.composite) as judge:
-        data = Split(app, config, progress)
+def prepare(setup: Setup, progress: Progress) -> None:
+    """What one process does before the ranks of GPUS=n start: the offline data and the warm start."""
+    with quiet(), StopRequest(), ev.Judge(setup.app, setup.config, setup.composite) as judge:
+        data = Split(setup.app, setup.config, progress)
         refuse_few_prompts(len(data.train), setup.batch)
-        clock.mark("make")
-        check_gold(app, judge, data, progress, rows=None if config.data.folder else 64)  # ours were checked when made
+        if setup.config.warmup.steps or setup.config.model.path == "tiny":
+            start(setup.app, setup.config, data, judge, progress)
+
+
+def _run(
+    setup: Setup, folder: RunFolder, progress: Progress, stop: StopRequest, command: str, task: str | None
+) -> dict[str, Any]:
+    app, config, clock = setup.app, setup.config, Clock(folder)
+    with ev.Judge(app, config, setup.composite) as judge:
+        with ranks.main_first():
+            data = Split(app, config, progress)
+            refuse_few_prompts(len(data.train), setup.batch)
+            clock.mark("make")
+            if ranks.is_main():  # ours were checked when made
+                check_gold(app, judge, data, progress, rows=None if config.data.folder else 64)
         model, tokenizer, warm = start(app, config, data, judge, progress)
         clock.mark("warmup")
         before = kept_evaluation(folder, "before", lambda: full_evaluation(model, tokenizer, judge, data.test, config))
@@ -76,14 +93,16 @@ def _run(setup: Setup, folder: RunFolder, progress: Progress, command: str, task
             f"before: {setup.headline} {before.mean(setup.headline):.3f} greedy on {len(data.test)} held-out rows"
         )
         clock.mark("eval")
-        trained = reinforce(app, config, setup, data, folder, judge, progress, model, tokenizer, warm)
+        trained, weights = reinforce(app, config, setup, data, folder, judge, progress, stop, clock, model, tokenizer)
         clock.mark("rl")
         after = full_evaluation(trained, tokenizer, judge, data.test, config)
         clock.mark("eval")
+        if not ranks.is_main():
+            return {}
         summary = summarise(setup, data, folder, before, after, judge, task)
     summary["seconds"] = {**clock.seconds, "warmup_made": warm["seconds"]}
-    summary["update_size"] = warm["distance"](trained)
-    target = export_model(folder.path, trained, tokenizer, app, config, data.test[0]["prompt"])
+    summary["update_size"] = warm["distance"](trained) if config.launch.strategy == "ddp" else None
+    target = export_model(folder.path, trained, tokenizer, app, config, data.test[0]["prompt"], weights)
     write_card(target, summary, list(setup.composite), config.model.path)
     folder.write_json("eval.json", evaluation_json(app, data.test, after, setup.headline))
     extra = {
@@ -103,16 +122,19 @@ def _run(setup: Setup, folder: RunFolder, progress: Progress, command: str, task
 
 
 class Clock:
-    """Wall seconds of the parts of a run."""
+    """Wall seconds of the parts of a run, over all the processes that worked on it; what one lost is not counted."""
 
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self._at = time.monotonic()
+    def __init__(self, folder: RunFolder):
+        self._folder, self._at = folder, time.monotonic()
+        kept = folder.path / "seconds.json"
+        self.seconds: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
 
     def mark(self, part: str) -> None:
         now = time.monotonic()
         self.seconds[part] = round(self.seconds.get(part, 0.0) + now - self._at, 2)
         self._at = now
+        if ranks.is_main():
+            self._folder.write_json("seconds.json", self.seconds)
 
 
 class Setup:
@@ -122,10 +144,12 @@ class Setup:
     that this machine cannot run.
     """
 
-    def __init__(self, app: App, config: Config, need_machine: bool = True):
+    def __init__(self, app: App, config: Config, processes: int | None = None, need_machine: bool = True):
+        """processes: ranks of the run; None: as many as were started."""
         self.app, self.config = app, config
+        self.processes = processes or ranks.count()
         if need_machine:
-            refuse_machine(config)
+            refuse_machine(config, self.processes)
             if config.launch.sampler != "hf" and importlib.util.find_spec("vllm") is None:
                 raise ConfigError(
                     f"launch.sampler={config.launch.sampler} needs the package vllm, which is not installed; it brings its "
@@ -136,7 +160,7 @@ class Setup:
             self.recipe = recipes.build(config.objective)
         except ValueError as error:
             raise ConfigError(f"objective: {error}") from error
-        self.batch: Batch = batch(config, int(os.environ.get("WORLD_SIZE", "1")))
+        self.batch: Batch = batch(config, self.processes)
         with quiet():
             arguments(
                 config, self.batch, self.recipe, Path()
@@ -156,14 +180,24 @@ class Setup:
             progress.warn(f"run.control={self.config.run.control}: this run is a control and must not learn")
 
 
-def refuse_machine(config: Config) -> None:
-    """Raise ConfigError if this machine cannot do what the config asks."""
+def refuse_machine(config: Config, processes: int) -> None:
+    """Raise ConfigError if this machine cannot do what the config asks with so many ranks."""
     torch.set_num_threads(config.run.threads)
-    gpus = torch.cuda.device_count()
-    if gpus > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    gpus, local = torch.cuda.device_count(), min(processes, ranks.local_count()) if ranks.count() > 1 else processes
+    if gpus > 1 and processes == 1:
         raise ConfigError(
-            f"{gpus} GPUs are visible and WORLD_SIZE={os.environ.get('WORLD_SIZE', '1')}: a run is one process on one GPU so "
-            f"far; choose the GPU with CUDA_VISIBLE_DEVICES=0 and start without a launcher"
+            f"{gpus} GPUs are visible and the run has one process: GPUS={gpus} uses them all, CUDA_VISIBLE_DEVICES=0 takes one"
+        )
+    if gpus and local > gpus:
+        raise ConfigError(f"GPUS={local} is more than the {gpus} GPUs that are visible")
+    if config.launch.strategy != "ddp" and processes == 1:
+        raise ConfigError(
+            f"launch.strategy={config.launch.strategy} spreads a model over ranks and this run has one; set GPUS=2 or more, or "
+            f'SET="launch.strategy=ddp"'
+        )
+    if config.launch.strategy == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            "launch.strategy=deepspeed needs the package deepspeed, which is not installed: pip install deepspeed"
         )
     if config.run.needs_gpu and not gpus and not config.run.force_cpu:
         raise ConfigError(
@@ -188,13 +222,26 @@ def memory_estimate(config: Config) -> str:
 
 
 def reinforce(
-    app, config: Config, setup: Setup, data: Split, folder: RunFolder, judge, progress, model, tokenizer, warm
+    app,
+    config: Config,
+    setup: Setup,
+    data: Split,
+    folder: RunFolder,
+    judge,
+    progress,
+    stop: StopRequest,
+    clock: Clock,
+    model,
+    tokenizer,
 ):
-    """GRPO from the warm start, or from the last checkpoint; returns the trained model."""
+    """GRPO from the warm start, or from the last checkpoint; returns the trained model, and its weights if they are spread.
+
+    Raises Stopped, after saving, if a signal came during the steps.
+    """
     set_seed(config.run.seed)
     rows = fitting(data.train, tokenizer, config.rollout.max_prompt_length, progress)
     progress.phase("GRPO", config.optim.steps)
-    follow = Follow(app, config, data, folder, judge, progress, tokenizer, setup)
+    follow = Follow(app, config, data, folder, judge, progress, stop, clock, tokenizer, setup)
     with quiet():
         trainer = LanguageTrainer(
             model=model,
@@ -213,16 +260,22 @@ def reinforce(
         )
         trainer.remove_callback(PrinterCallback)
         if config.optim.steps:
-            checkpoint = folder.last_checkpoint()
-            done = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
-            folder.truncate_after(done)
+            with ranks.main_first():
+                checkpoint = folder.last_checkpoint()
+                done = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
+                if ranks.is_main():
+                    folder.truncate_after(done)
             if checkpoint:
                 progress.note(f"resuming after step {done}")
             if done < config.optim.steps:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                with stop.between_steps():
+                    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             else:
                 trainer._load_from_checkpoint(str(checkpoint))
-    return trainer.accelerator.unwrap_model(trainer.model)
+    spread = config.launch.strategy != "ddp"
+    return trainer.accelerator.unwrap_model(trainer.model), (
+        trainer.accelerator.get_state_dict(trainer.model) if spread else None
+    )
 
 
 def lora(config: Config):
@@ -257,25 +310,43 @@ def fitting(rows: Sequence[Row], tokenizer, limit: int, progress: Progress) -> l
 class Follow(TrainerCallback):
     """Writes the run's metrics, shows them, watches their health, and evaluates on the validation rows on schedule."""
 
-    def __init__(self, app, config, data, folder, judge, progress, tokenizer, setup):
+    def __init__(self, app, config, data, folder, judge, progress, stop, clock, tokenizer, setup):
         self.app, self.config, self.data, self.folder, self.judge = app, config, data, folder, judge
-        self.progress, self.tokenizer, self.setup = progress, tokenizer, setup
+        self.progress, self.stop, self.clock, self.tokenizer, self.setup = progress, stop, clock, tokenizer, setup
         self.health = Health(
             metric=setup.headline, updates_per_batch=setup.batch.steps_per_batch * setup.batch.iterations
         )
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 0:
-            self._evaluate(0, model)
-        for line in self.folder.read_metrics() if state.global_step else ():  # resumed: what health saw before
+        lines = self.folder.read_metrics()
+        for line in lines:  # resumed: what health saw before
             self.health.update(line["step"], line)
+        evaluated = any(line["step"] == state.global_step and f"eval/{self.setup.headline}" in line for line in lines)
+        if not ranks.any_rank(evaluated):  # a run that was asked to stop leaves it to the next
+            self._evaluate_on_schedule(state.global_step, model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if self.config.evaluate.every and state.global_step % self.config.evaluate.every == 0:
-            self._evaluate(state.global_step, model)
+        if not self._stopping(control):
+            self._evaluate_on_schedule(state.global_step, model)
+            self._stopping(control)
+
+    def _stopping(self, control) -> bool:
+        """Whether some rank was asked to stop; then all save at the end of this step, and end."""
+        asked = max(ranks.gather([self.stop.asked]))
+        if asked:
+            self.stop.asked = asked
+            control.should_save = control.should_training_stop = True
+        return bool(asked)
+
+    def _evaluate_on_schedule(self, step: int, model) -> None:
+        if step == 0 or (self.config.evaluate.every and step % self.config.evaluate.every == 0):
+            self._evaluate(step, model)
+
+    def on_save(self, args, state, control, **kwargs):
+        self.clock.mark("rl")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        if not ranks.is_main() or not logs or "loss" not in logs:
             return
         metrics = {NAMES.get(name, name): value for name, value in logs.items() if isinstance(value, int | float)}
         kept = {k: v for k, v in metrics.items() if "/" not in k or not k.startswith("completions")}
@@ -289,7 +360,8 @@ class Follow(TrainerCallback):
         for name, values in result.scores.items():
             mean, lo, hi = ev.interval(self.app, self.data.validation, values)
             metrics |= {f"eval/{name}": mean, f"eval/{name}/lo": lo, f"eval/{name}/hi": hi}
-        self._record(step, metrics)
+        if ranks.is_main():
+            self._record(step, metrics)
 
     def _record(self, step: int, metrics: dict[str, float]) -> None:
         self.folder.log_metrics(step, metrics)
@@ -306,11 +378,12 @@ def full_evaluation(model, tokenizer, judge, rows, config: Config) -> ev.Evaluat
 
 
 def kept_evaluation(folder: RunFolder, name: str, make) -> ev.Evaluation:
-    """An evaluation that is made once and then read from the run folder."""
+    """An evaluation that is made once, by all ranks together, and then read from the run folder."""
     path = folder.path / f"{name}.json"
     if not path.exists():
         made = make()
-        folder.write_json(path.name, asdict(made))
+        if ranks.is_main():
+            folder.write_json(path.name, asdict(made))
         return made
     raw = json.loads(path.read_text())
     for part in ("scores", "sampled", "rewards"):

@@ -14,6 +14,7 @@ tool mask, entropy bonus, router loss) is kept.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -28,7 +29,7 @@ from trl.trainer.utils import RepeatSampler
 
 from core import ranks
 from core.app import Row, unknown
-from core.config import Batch, Config, ConfigError, convert
+from core.config import Batch, Config, ConfigError, Launch, convert
 from core.objective.group import Group
 from core.objective.recipes import Recipe
 from core.objective.rows import Counts, Metrics, Rows
@@ -79,6 +80,7 @@ def arguments(config: Config, batch: Batch, recipe: Recipe, output: Path) -> GRP
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
+        **_spread(config.launch),
     }
     if recipe.options.get("entropy_coef") and config.trainer.get("entropy_coef"):
         raise ConfigError(
@@ -95,6 +97,18 @@ def arguments(config: Config, batch: Batch, recipe: Recipe, output: Path) -> GRP
         return GRPOConfig(**ours | theirs)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"trl refuses the trainer's arguments: {error}") from error
+
+
+def _spread(launch: Launch) -> dict[str, Any]:
+    """The arguments that spread a model over ranks. Raises ConfigError if the file cannot be read."""
+    if launch.strategy == "ddp":
+        return {}
+    path = Path(launch.file or Path(__file__).parent / "launch" / f"{launch.strategy}.json")
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"launch.file={path} is not a readable JSON file of {launch.strategy}: {error}") from error
+    return {"fsdp": True, "fsdp_config": settings} if launch.strategy == "fsdp" else {"deepspeed": settings}
 
 
 def refuse_few_prompts(count: int, batch: Batch) -> None:
@@ -377,8 +391,8 @@ class LanguageTrainer(GRPOTrainer):
         state = torch.load(path, map_location=self.accelerator.device, weights_only=True) if path.exists() else {}
         if state.get("ranks") != ranks.count():
             raise ConfigError(
-                f"{checkpoint} was written by {state.get('ranks', 'fewer')} ranks and this run has {ranks.count()}; a run goes on "
-                f"with as many as it began with (GPUS=), or starts again under another name (RUN=)"
+                f"{checkpoint} was written by {state.get('ranks', 'fewer')} ranks and this run has {ranks.count()}; a run goes "
+                f"on with as many as it began with (GPUS=), or starts again under another name (RUN=)"
             )
         self._step, self._buffered_inputs = state["step"], state["batch"]
 

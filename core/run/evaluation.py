@@ -17,7 +17,7 @@ from core.run.folder import RunFolder
 from core.run.progress import Progress
 from core.run.splits import Split
 from core.run.summary import evaluation_json
-from core.run.train import refuse_machine
+from core.run.train import refuse_missing_gpu
 from core.train.warmup import quiet
 
 
@@ -33,7 +33,7 @@ def policy(app: App, config: Config, model: str | None, run: Path) -> tuple[Any,
 
 def run_evaluation(app: App, config: Config, model_path: str | None, run: Path, split: str | None) -> int:
     """Score the policy on a split, print the table, write eval-<split>.json beside the model (or in runs/ for a foreign one)."""
-    refuse_machine(config)
+    refuse_missing_gpu(config)
     with quiet(), Progress(0, app.name) as progress:
         model, tokenizer, source = policy(app, config, model_path, run)
         data = Split(app, config, progress)
@@ -70,7 +70,7 @@ def run_prediction(app: App, config: Config, model_path: str | None, run: Path, 
 
     A line without an "id" gets "line-<number>". "prediction" is null where no answer could be read from the completion.
     """
-    refuse_machine(config)
+    refuse_missing_gpu(config)
     if app.predict is None:
         raise ConfigError(f"app {app.name} has no predict: it answers no free questions")
     if not source.is_file():

@@ -149,7 +149,8 @@ class Setup:
         self.app, self.config = app, config
         self.processes = processes or ranks.count()
         if need_machine:
-            refuse_machine(config, self.processes)
+            refuse_missing_gpu(config)
+            refuse_ranks(config, self.processes)
             if config.launch.sampler != "hf" and importlib.util.find_spec("vllm") is None:
                 raise ConfigError(
                     f"launch.sampler={config.launch.sampler} needs the package vllm, which is not installed; it brings its "
@@ -180,9 +181,8 @@ class Setup:
             progress.warn(f"run.control={self.config.run.control}: this run is a control and must not learn")
 
 
-def refuse_machine(config: Config, processes: int) -> None:
-    """Raise ConfigError if this machine cannot do what the config asks with so many ranks."""
-    torch.set_num_threads(config.run.threads)
+def refuse_ranks(config: Config, processes: int) -> None:
+    """Raise ConfigError if this machine cannot run so many ranks, or not as `launch:` says."""
     gpus, local = torch.cuda.device_count(), min(processes, ranks.local_count()) if ranks.count() > 1 else processes
     if gpus > 1 and processes == 1:
         raise ConfigError(
@@ -195,10 +195,21 @@ def refuse_machine(config: Config, processes: int) -> None:
             f"launch.strategy={config.launch.strategy} spreads a model over ranks and this run has one; set GPUS=2 or more, or "
             f'SET="launch.strategy=ddp"'
         )
+    if config.launch.strategy != "ddp" and not gpus:
+        raise ConfigError(
+            f"launch.strategy={config.launch.strategy} needs GPUs and none is visible: without them accelerate would quietly run "
+            f'ddp instead. SET="launch.strategy=ddp" says so'
+        )
     if config.launch.strategy == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
             "launch.strategy=deepspeed needs the package deepspeed, which is not installed: pip install deepspeed"
         )
+
+
+def refuse_missing_gpu(config: Config) -> None:
+    """Raise ConfigError if the config is made for a GPU and there is none."""
+    torch.set_num_threads(config.run.threads)
+    gpus = torch.cuda.device_count()
     if config.run.needs_gpu and not gpus and not config.run.force_cpu:
         raise ConfigError(
             f"this config is made for a GPU and none is visible: {config.model.path} needs {memory_estimate(config)}. "

@@ -375,8 +375,9 @@ class LanguageTrainer(GRPOTrainer):
 
     def _get_train_sampler(self, dataset=None):
         stock = super()._get_train_sampler(dataset)
-        rollouts = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        return _EpochSampler(stock, lambda: self.state.global_step // (len(stock) // rollouts))
+        # One item of TRL's loader is a whole generation batch; a step takes one for each of its micro-batches.
+        per_step = self.args.generation_batch_size * self.args.gradient_accumulation_steps
+        return _EpochSampler(stock, lambda: self.state.global_step // (len(stock) // per_step))
 
     def _save_rng_state(self, output_dir):
         """Also the micro-batch counter and a generation batch that has steps left: a checkpoint may fall inside one."""

@@ -1,6 +1,9 @@
 import math
 
-from core.train.health import Health
+import pytest
+import torch
+
+from core.train.health import STOP_AFTER, Guard, Health, NotFinite, finite_sampling
 
 WELL = {
     "reward": 0.5,
@@ -44,6 +47,7 @@ def test_no_spread_names_the_likely_cause():
         ({"rewards/x/mean": 0.0}, "every completion fails"),
         ({"rewards/x/mean": 1.0}, "already gets full reward"),
         ({"rewards/x/mean": 0.5}, "judged alike"),
+        ({"unscored": 1.0, "reward": math.nan}, "no rollout could be judged, so nothing is learned"),
         ({"rewards/x/mean": 0.0, "truncated": 0.9}, "cut at the length limit"),
     ):
         assert any(cause in w for w in run(Health(), 20, zero_spread=1.0, **changed) if "no group" in w)
@@ -104,3 +108,34 @@ def test_a_share_that_hovers_about_its_limit_warns_once():
     health = Health()
     assert len(run(health, 20, truncated=0.51)) == 1
     assert [run(health, 1, start=21 + i, truncated=share) for i, share in enumerate([0.0, 1.0, 0.0, 1.0])] == [[]] * 4
+
+
+# -- the guard
+
+
+def test_an_update_that_is_not_finite_is_refused_and_its_rows_are_kept_once():
+    kept = []
+    guard = Guard(lambda step, rows: kept.append((step, rows)))
+    for step, norm in ((1, 1.0), (2, math.nan), (3, 0.0), (4, math.inf)):
+        guard.note([{"row": step}] * (step in (1, 2)))
+        guard.note([])
+        assert guard.allows(step, norm) == math.isfinite(norm)
+    assert kept == [(2, [{"row": 2}])], "rows of an update that passed, or of an earlier one"
+    assert (guard.skipped, guard.in_a_row) == (2, 1)
+
+
+def test_so_many_skipped_updates_in_a_row_end_the_run_and_fewer_do_not():
+    guard = Guard()
+    bad = [math.nan] * (STOP_AFTER - 1)
+    for step, norm in enumerate([*bad, 1.0, *bad], 1):
+        guard.allows(step, norm)
+    assert guard.skipped == 2 * (STOP_AFTER - 1)
+    with pytest.raises(NotFinite, match=r"the last 5 updates, to step 10, .* of inf .* those of step 5\. Lower optim"):
+        guard.allows(2 * STOP_AFTER, math.inf)
+
+
+def test_sampling_from_what_is_no_probability_is_said_in_plain_words():
+    with pytest.raises(NotFinite, match=r"^step 3: nothing can be sampled"), finite_sampling("step 3"):
+        torch.multinomial(torch.tensor([math.nan, 1.0]), 1)
+    with pytest.raises(RuntimeError, match="size"), finite_sampling("step 3"):
+        torch.ones(2) @ torch.ones(3)

@@ -1,4 +1,4 @@
-"""LanguageTrainer against stock trl.GRPOTrainer, bit for bit; what it refuses; what it does that TRL does not.
+"""LanguageTrainer: what it does that TRL does not, what it refuses, and what it relies on. TRL's bits: test_parity.py.
 
 All on a Qwen3 of two layers and width 32 over twenty words, where a step takes about 30 ms.
 """
@@ -8,210 +8,37 @@ import inspect
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer
+from transformers import AutoModelForCausalLM, Trainer
 from trl import GRPOConfig, GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))  # workers get the parent's sys.path
 
 import language_rewards
+from language_fixtures import PROMPTS, language_trainer, logged, model, one_worker, same, settings, train
 
-from core import config as configs
-from core.config import Config, ConfigError, Optim, Rollout, Run
+from core.config import ConfigError
 from core.objective.recipes import RECIPES, build
 from core.objective.reduction import reduce_loss
-from core.policy.tiny import build_model
-from core.pool import Limits, Pool
-from core.scoring import Scorer
 from core.train import language
 from core.train.language import LanguageTrainer
-
-WORDS = [
-    "red", "green", "blue", "cat", "dog", "bird", "runs", "sleeps", "eats", "big",
-    "small", "old", "new", "one", "two", "three", "on", "under", "and", "or",
-]  # fmt: skip
-PROMPTS = [f"{a} {b}" for a in WORDS[:4] for b in WORDS[4:7]]  # twelve: six batches of two in the first epoch
-STEPS = 4
-
-
-def tokenizer():
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<end>", "<unk>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<end>", unk_token="<unk>", padding_side="left"
-    )
-
-
-def model(seed=0):
-    return build_model(tokenizer(), width=32, layers=2, heads=2, context=64, seed=seed)
-
-
-def settings(steps=STEPS, prompts=2, group=4, micro=4, parts=1, passes=2, seed=0, control="none", **trainer):
-    rollout = {"prompts_per_step": prompts, "group_size": group, "steps_per_batch": parts, "iterations": passes}
-    return Config(
-        task=None,
-        rollout=Rollout(**rollout, max_completion_length=8),
-        optim=Optim(steps=steps, lr=1e-2, micro_batch=micro),
-        run=Run(seed=seed, control=control, save_every=1),
-        trainer={"gradient_checkpointing": False, "save_strategy": "no"} | trainer,
-    )
 
 
 @pytest.fixture(scope="module")
 def workers():
-    """One warm worker for all tests."""
-    pool = Pool(Limits(workers=1, timeout_s=10.0, memory_mb=1024))
+    pool = one_worker()
     yield pool
     pool.close()
 
 
 @pytest.fixture
 def ours(workers, tmp_path):
-    """A LanguageTrainer of the given recipe and settings on the prompts above."""
-
-    def make(recipe=RECIPES["grpo"], config=None, rewards=("spread",), weights=None, policy=None, **more):
-        config, prompts = config or settings(), more.pop("prompts", PROMPTS)
-        return LanguageTrainer(
-            model=policy or model(),
-            tokenizer=tokenizer(),
-            rows=[{"id": f"row-{i}", "prompt": prompt} for i, prompt in enumerate(prompts)],
-            scorer=Scorer({name: getattr(language_rewards, name) for name in rewards}, pool=workers),
-            weights=weights or [1.0] * len(rewards),
-            outcome=rewards[0],
-            recipe=recipe,
-            config=config,
-            batch=configs.batch(config),
-            output=tmp_path / "ours",
-            **more,
-        )
-
-    return make
-
-
-def stock(tmp_path, config, rewards, weights, policy, **arguments):
-    """trl.GRPOTrainer as anyone would write it, at the same batch arithmetic."""
-    batch = configs.batch(config)
-
-    def in_trl_s_form(name):
-        def reward(completions, **_):
-            return [getattr(language_rewards, name)(completion) for completion in completions]
-
-        reward.__name__ = name
-        return reward
-
-    defaults = {
-        "output_dir": str(tmp_path / "stock"), "max_steps": config.optim.steps, "learning_rate": config.optim.lr,
-        "lr_scheduler_type": "constant", "per_device_train_batch_size": batch.micro,
-        "gradient_accumulation_steps": batch.accumulation,
-        "steps_per_generation": batch.accumulation * batch.steps_per_batch, "num_iterations": batch.iterations,
-        "num_generations": batch.group, "max_completion_length": 8, "bf16": False, "use_cpu": True,
-        "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "top_k": 0,
-        "disable_tqdm": True, "seed": 0, "reward_weights": weights,
-    }  # fmt: skip
-    return GRPOTrainer(
-        model=policy,
-        reward_funcs=[in_trl_s_form(name) for name in rewards],
-        args=GRPOConfig(**defaults | arguments),
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-        processing_class=tokenizer(),
-    )
-
-
-def train(trainer, **options):
-    """Trains, and returns the weights."""
-    torch.manual_seed(0)
-    trainer.train(**options)
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def logged(trainer, name):
-    return [line[name] for line in trainer.state.log_history if name in line]
-
-
-CASES = {
-    "grpo": ({"recipe": "grpo"}, {"loss_type": "grpo"}),
-    "grpo, two epsilons and delta": (
-        {"recipe": "grpo", "epsilon_low": 0.001, "epsilon_high": 0.002, "delta": 1.05},
-        {"loss_type": "grpo", "epsilon": 0.001, "epsilon_high": 0.002, "delta": 1.05},
-    ),
-    "dapo": ({"recipe": "dapo"}, {"loss_type": "dapo", "epsilon_high": 0.28}),
-    "bnpo": ({"recipe": "bnpo"}, {"loss_type": "bnpo"}),
-    "dr_grpo": ({"recipe": "dr_grpo"}, {"loss_type": "dr_grpo", "scale_rewards": "none"}),
-    "cispo": ({"recipe": "cispo", "epsilon_high": 1.01}, {"loss_type": "cispo", "epsilon_high": 1.01}),
-    "gspo": (
-        {"recipe": "gspo"},
-        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
-    ),
-    "gdpo": ({"recipe": "gdpo"}, {"loss_type": "grpo", "multi_objective_aggregation": "normalize_then_sum"}),
-    "batch scale": ({"recipe": "grpo", "scale": "batch"}, {"loss_type": "grpo", "scale_rewards": "batch"}),
-}
-
-
-@pytest.mark.parametrize("case", list(CASES))
-def test_weights_after_four_steps_have_trl_s_bits(case, ours, tmp_path):
-    """Two micro-batches a step and two passes over each batch, so that half of the steps are off-policy."""
-    options, arguments = CASES[case]
-    rewards, weights = ("spread", "shortness"), [1.0, 0.3]
-    trainer = ours(build(options), rewards=rewards, weights=weights)
-    other = stock(tmp_path, settings(), rewards, weights, model(), **arguments)
-    got, expected = train(trainer), train(other)
-    for name in ("loss", "grad_norm", "reward", "reward_std", "rewards/shortness/mean", "completions/mean_length"):
-        assert logged(trainer, name) == logged(other, name)
-    assert len(set(logged(trainer, "grad_norm"))) == STEPS
-    assert same(got, expected)
-    assert not same(got, model().state_dict())
-
-
-EXTRAS = {
-    "parts of a batch": ({"parts": 2, "passes": 1}, {}),
-    "long completions masked": ({"mask_truncated_completions": True}, {"mask_truncated_completions": True}),
-    "high-entropy tokens": ({"top_entropy_quantile": 0.5}, {"top_entropy_quantile": 0.5}),
-    "entropy bonus": ({"entropy_coef": 0.05}, {"entropy_coef": 0.05}),
-    "adaptive entropy": (
-        {"use_adaptive_entropy": True, "entropy_target": 3.0, "entropy_coef_delta": 0.01},
-        {"use_adaptive_entropy": True, "entropy_target": 3.0, "entropy_coef_delta": 0.01},
-    ),
-    "off-policy mask": ({"off_policy_mask_threshold": 1e-3}, {"off_policy_mask_threshold": 1e-3}),
-}
-
-
-@pytest.mark.parametrize("case", list(EXTRAS))
-def test_what_trl_adds_around_the_loss_has_trl_s_bits(case, ours, tmp_path):
-    changes, arguments = EXTRAS[case]
-    config, rewards = settings(**changes), ("spread", "shortness")
-    got = train(ours(config=config, rewards=rewards))
-    assert same(got, train(stock(tmp_path, config, rewards, None, model(), loss_type="grpo", **arguments)))
-
-
-@pytest.mark.parametrize(
-    ("weight", "corrected", "recipe"), [("token", True, "grpo"), ("none", False, "grpo"), ("sequence", True, "gspo")]
-)
-def test_distance_to_a_reference_has_trl_s_bits(weight, corrected, recipe, ours, tmp_path):
-    """TRL loads the reference from the model's own folder; a KL under a sequence ratio is weighted by that ratio."""
-    model().save_pretrained(tmp_path / "start")
-    trainer = ours(
-        build({"recipe": recipe, "beta": 0.04, "kl_weight": weight}),
-        policy=AutoModelForCausalLM.from_pretrained(tmp_path / "start", dtype=torch.float32),
-    )
-    start = AutoModelForCausalLM.from_pretrained(tmp_path / "start", dtype=torch.float32)
-    arguments = {"beta": 0.04, "use_bias_correction_kl": corrected}
-    if recipe == "gspo":
-        arguments |= {"importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}
-    other = stock(tmp_path, settings(), ["spread"], None, start, loss_type="grpo", **arguments)
-    got, expected = train(trainer), train(other)
-    assert logged(trainer, "loss") == logged(other, "loss")
-    assert same(got, expected)
-    assert logged(trainer, "kl")[-1] > 0
+    """A LanguageTrainer of the given recipe and settings."""
+    return partial(language_trainer, workers, tmp_path)
 
 
 # -- learning
@@ -402,7 +229,8 @@ ATTRIBUTES = (  # read or written: self.<name> of the trainer
     "vllm_importance_sampling_correction",
 )  # fmt: skip
 ARGUMENTS = (
-    "seed", "steps_per_generation", "gradient_accumulation_steps", "entropy_target", "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max",
+    "seed", "generation_batch_size", "steps_per_generation", "gradient_accumulation_steps", "entropy_target",
+    "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max",
 )  # fmt: skip
 OURS = {"rows", "scorer", "recipe", "outcome", "run_control", "on_rollouts", "weights", "_judged"}
 ROWS = (  # keys of what _generate_and_score_completions returns

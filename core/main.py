@@ -178,14 +178,16 @@ def train(options: argparse.Namespace) -> int:
     with Progress(config.optim.steps, f"{app.name} {path.name}", quiet=not ranks.is_main()) as progress:
         if options.gpus > 1 and not started:
             if not RunFolder(path).finished or options.fresh:
-                prepare(setup, progress)
+                with RunFolder.open(path, config.as_dict(), fresh=options.fresh):  # refuses before any work
+                    prepare(setup, progress)
             progress.close()
             return ranks.launch(options.gpus, options.arguments)
         with contextlib.ExitStack() as stack:  # only now: FRESH=1 deletes, and a config that cannot run must not
             folder = RunFolder(path)
             with ranks.main_first():
                 if ranks.is_main():
-                    folder = stack.enter_context(RunFolder.open(path, config.as_dict(), fresh=options.fresh))
+                    folder = RunFolder.open(path, config.as_dict(), fresh=options.fresh)
+            stack.enter_context(folder)  # on every rank: whichever cannot write says so in one sentence
             run_training(setup, folder, progress, command(options), options.task)
     return 0
 

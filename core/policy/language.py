@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from core.config import ConfigError, Model
+from core.train.health import finite_sampling
 
 Prompt = str | list[dict[str, str]]
 
@@ -102,14 +103,15 @@ def complete(
                 return_token_type_ids=False,
                 add_special_tokens=isinstance(prompts[chosen[0]], str),
             ).to(model.device)
-            output = model.generate(
-                **batch,
-                **style,
-                max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=sorted(ends),
-                pad_token_id=tokenizer.pad_token_id,
-                use_cache=True,
-            )
+            with finite_sampling("evaluation"):
+                output = model.generate(
+                    **batch,
+                    **style,
+                    max_new_tokens=sampling.max_new_tokens,
+                    eos_token_id=sorted(ends),
+                    pad_token_id=tokenizer.pad_token_id,
+                    use_cache=True,
+                )
             answers = output[:, batch["input_ids"].shape[1] :]
             for i, ids in zip(chosen, answers, strict=True):
                 completions[i] = tokenizer.decode(ids, skip_special_tokens=True)

@@ -7,10 +7,15 @@
 `RunFolder(path)` looks; `RunFolder.open(path, config)` owns: it creates or resumes, and holds the lock until closed.
 Every file is complete or absent: written beside its place, flushed to disk, then renamed over it. Only metrics.jsonl is
 appended to; a line cut by a crash is dropped. JSON is strict: NaN and infinities are written as null, read as NaN.
+A full or read-only disk ends the run in one sentence, WriteFailed, whoever was writing: this file, torch or safetensors.
+
+`make_folder` does the same for the folders that runs share: offline data and warm starts.
 
 Not covered: file systems without flock (some network mounts), and a process that writes without opening.
 """
 
+import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -18,7 +23,8 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -29,10 +35,15 @@ if TYPE_CHECKING:
 
 SECRET = re.compile(r"(?:key|token|secret|password|passwd|credentials?)[_\d]*$")
 VOCABULARY = re.compile(r"(?:^|_)(?:pad|eos|bos|unk|mask|sep|cls|image|audio|video)_token$")
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class RunRefused(ValueError):
     """The folder may not be used this way; the message says why and how to go on."""
+
+
+class WriteFailed(ValueError):
+    """Something could not be written; the message names the folder, the cause and how to go on."""
 
 
 class RunFolder:
@@ -48,25 +59,26 @@ class RunFolder:
 
         config: the resolved configuration; plain YAML types only.
         Raises RunRefused for a secret in the config, a folder that is not a run, one that another process has open, or
-        one whose config differs (naming the keys).
+        one whose config differs (naming the keys); WriteFailed if nothing can be written there.
         """
         refuse_secrets(config)
         run = cls(path)
-        if run.path.exists() and not run.path.is_dir():
-            raise RunRefused(f"{run.path} is a file; choose another folder with RUN=<name>")
-        run.path.mkdir(parents=True, exist_ok=True)
-        names = {entry.name for entry in run.path.iterdir()}
-        if not names <= {".lock", ".config.yaml.part"} and not {".lock", "config.yaml"} <= names:
-            raise RunRefused(f"{run.path} is not empty and is not a run folder; choose another with RUN=<name>")
-        run._take_lock()
-        try:
-            if fresh:
-                run._clear()
-            run._settle(config)
-            run.truncate_after(math.inf)
-        except BaseException:
-            run.close()
-            raise
+        with _writing(run.path):
+            if run.path.exists() and not run.path.is_dir():
+                raise RunRefused(f"{run.path} is a file; choose another folder with RUN=<name>")
+            run.path.mkdir(parents=True, exist_ok=True)
+            names = {entry.name for entry in run.path.iterdir()}
+            if not names <= {".lock", ".config.yaml.part"} and not {".lock", "config.yaml"} <= names:
+                raise RunRefused(f"{run.path} is not empty and is not a run folder; choose another with RUN=<name>")
+            run._take_lock()
+            try:
+                if fresh:
+                    run._clear()
+                run._settle(config)
+                run.truncate_after(math.inf)
+            except BaseException:
+                run.close()
+                raise
         return run
 
     def close(self) -> None:
@@ -78,8 +90,17 @@ class RunFolder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Raises WriteFailed in place of an error of whoever could not write; nothing half-written stays to fill the disk."""
+        failure = write_failure(error, self.path)
+        if failure and self._lock is not None:
+            with contextlib.suppress(OSError):
+                self.last_checkpoint()
+                for part in self.path.glob(".*.part"):
+                    _delete(part)
         self.close()
+        if failure:
+            raise failure from error
 
     # ---------------------------------------------------------------- files
 
@@ -88,11 +109,15 @@ class RunFolder:
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{target.name}.part")  # hidden: a reader of the folder as a dataset skips it
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
+        try:
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, target)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
         return target
 
     def write_text(self, name: str, text: str) -> Path:
@@ -122,12 +147,16 @@ class RunFolder:
             file.write(line.encode("utf-8", "replace") + b"\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl in order; null becomes NaN and a last line cut by a crash is left out."""
+        """Lines of metrics.jsonl in order; null becomes NaN and a line that a crash cut or tore is left out."""
         try:
             lines = (self.path / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
         except FileNotFoundError:
             return []
-        return [{k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in lines]
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                found.append({k: math.nan if v is None else v for k, v in json.loads(line).items()})
+        return found
 
     # ---------------------------------------------------------------- rollouts
 
@@ -177,18 +206,17 @@ class RunFolder:
                 part.unlink()
 
     def last_checkpoint(self) -> Path | None:
-        """Newest complete checkpoints/checkpoint-N: its trainer_state.json, written last, is there and parses.
+        """Newest complete checkpoints/checkpoint-N: trainer_state.json, written last, parses, and no tensor file is cut.
 
-        The owner of the folder also deletes the incomplete ones, which a crash left.
+        A process that is killed leaves what it wrote; a machine that loses power leaves files empty or cut, in any order.
+        The owner of the folder also deletes the incomplete ones.
         """
         best = None
         for _, folder in _numbered(self.path / "checkpoints", r"checkpoint-(\d+)"):
-            try:
-                json.loads((folder / "trainer_state.json").read_bytes())
+            if _is_whole(folder):
                 best = folder
-            except (OSError, ValueError):
-                if self._lock is not None:
-                    shutil.rmtree(folder)
+            elif self._lock is not None:
+                shutil.rmtree(folder)
         return best
 
     # ---------------------------------------------------------------- inside
@@ -197,29 +225,19 @@ class RunFolder:
         return _numbered(self.path / "rollouts.parquet", r"step-(\d+)\.parquet")
 
     def _take_lock(self) -> None:
-        lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(lock, 200).decode("utf-8", "replace").strip() or "unknown"
-            os.close(lock)
+        def refuse(owner: str) -> None:
             raise RunRefused(
                 f"{self.path} is in use by another process ({owner}); wait for it, end it, or choose RUN=<another name>"
-            ) from None
-        os.ftruncate(lock, 0)
-        os.write(lock, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
-        self._lock = lock
+            )
+
+        self._lock = _lock(self.path / ".lock", refuse)
 
     def _clear(self) -> None:
         """Delete all but the lock; interrupted, it leaves a recognised run, unfinished and without checkpoints."""
         order = {"summary.json": 0, "checkpoints": 1, "config.yaml": 3}
         for entry in sorted(self.path.iterdir(), key=lambda entry: order.get(entry.name, 2)):
-            if entry.name == ".lock":
-                continue
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+            if entry.name != ".lock":
+                _delete(entry)
 
     @property
     def _begun(self) -> bool:
@@ -242,6 +260,91 @@ class RunFolder:
                 f"{self.path} holds a run with another config ({'; '.join(shown)}{more}). "
                 "Use RUN=<another name> to keep both, or FRESH=1 to delete the old run and start again"
             )
+
+
+def make_folder(target: Path, make: Callable[[Path], None], say: Callable[[str], Any]) -> None:
+    """Make the folder `target`, whole or not at all, unless it is there. Of several processes one makes it, the others wait.
+
+    make: makes and fills the folder it is given, which is renamed when whole. say: is told what is waited for.
+    Raises WriteFailed.
+    """
+    if target.exists():
+        return
+    part = target.with_name(f".{target.name}.part")
+    with _writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(
+            target.with_name(f".{target.name}.lock"), lambda owner: say(f"{owner} is making {target}; waiting for it")
+        )
+    try:
+        if target.exists():  # made while we waited
+            return
+        with _writing(target):
+            if part.exists():
+                shutil.rmtree(part)
+        make(part)
+        with _writing(target):
+            for path in (path for path in part.rglob("*") if path.is_file()):
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            part.rename(target)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if failure := write_failure(error, target):
+            raise failure from error
+        raise
+    finally:
+        os.close(lock)
+
+
+def write_failure(error: BaseException | None, path: Path) -> WriteFailed | None:
+    """What to say if `error` means that something below `path` could not be written, by whatever library; else None."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno in FULL | {errno.EROFS}:
+        return _failure(path, error.errno)
+    if type(error).__name__ == "SafetensorError" and (number := re.search(r"I/O error: .*\(os error (\d+)\)", text)):
+        return _failure(path, int(number[1]))
+    if isinstance(error, RuntimeError) and ("inline_container.cc" in text or "PytorchStreamWriter" in text):
+        return _failure(path, errno.ENOSPC)  # torch.save does not say why; a disk that is full is why
+    return None
+
+
+def _failure(path: Path, number: int) -> WriteFailed:
+    cause = os.strerror(number)
+    if number not in FULL:
+        return WriteFailed(
+            f"{path} cannot be written: {cause}; make it writable, or use a folder that is (RUN=<path>, or start in another)"
+        )
+    place = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return WriteFailed(
+        f"{path} cannot be written: {cause} ({shutil.disk_usage(place).free / 1e6:.1f} MB are free there); what it holds "
+        "is whole. Free some space, then the same command goes on"
+    )
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """For code that does nothing but make and write files at `path`: WriteFailed instead of any OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise _failure(path, error.errno) from error
+
+
+def _lock(path: Path, busy: Callable[[str], Any]) -> int:
+    """An open, locked file that names its owner. busy: called with the other owner before waiting for it; may raise."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy(os.read(lock, 200).decode("utf-8", "replace").strip() or "unknown")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        os.ftruncate(lock, os.pwrite(lock, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0))
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
 
 
 def refuse_secrets(config: Mapping) -> None:
@@ -287,3 +390,31 @@ def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
         return []
     found = [(re.fullmatch(pattern, entry.name), entry) for entry in folder.iterdir()]
     return sorted((int(match[1]), entry) for match, entry in found if match)
+
+
+def _delete(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_bytes())
+        return not any(map(_is_cut, checkpoint.rglob("*.*")))
+    except (OSError, ValueError):
+        return False
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether a file of tensors is shorter than it says: by its header (safetensors) or without its end (torch.save)."""
+    if path.suffix in (".pt", ".pth"):
+        return not zipfile.is_zipfile(path)
+    if path.suffix != ".safetensors":
+        return False
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(size, 2**27)))
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return path.stat().st_size < 8 + size + max(ends, default=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from core import app as apps
 from core.app import App, Row, Rows
 from core.config import Config, ConfigError
 from core.run import evaluate as ev
+from core.run.folder import make_folder
 from core.run.progress import Progress
 
 
@@ -69,14 +69,12 @@ def data_folder(app: App, config: Config, progress: Progress) -> Path:
     if config.data.folder:
         return Path(config.data.folder)
     folder = offline_folder(app, config.run.seed)
-    if not folder.exists():
+
+    def make(part: Path) -> None:
         progress.phase(f"writing the offline data to {folder}")
-        part = folder.with_name(
-            f".{folder.name}-{os.getpid()}"
-        )  # renamed when whole: a stopped run leaves no half folder
-        part.parent.mkdir(parents=True, exist_ok=True)
         app.write_offline(part, config.run.seed)
-        part.rename(folder)
+
+    make_folder(folder, make, progress.note)
     return folder
 
 

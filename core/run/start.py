@@ -6,7 +6,6 @@ The cache key is a hash of everything the start depends on, so runs that differ 
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,9 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from core.config import Config
+from core import ranks
+from core.config import Config, ConfigError
 from core.policy import language, tiny
 from core.run import evaluate as ev
+from core.run.folder import make_folder
 from core.run.progress import Progress
 from core.run.splits import Split
 from core.train.warmup import cache_key, imitate
@@ -28,6 +29,7 @@ def start(app, config: Config, data: Split, judge: ev.Judge, progress: Progress)
     """The policy that GRPO starts from, its tokenizer, and how it came to be ({curve, seconds, path, distance})."""
     if config.model.path != "tiny" and config.warmup.labels == "none":
         model, tokenizer = language.load(config.model)
+        refuse_infinite(model, f"MODEL={config.model.path} cannot be trained")
         return model, tokenizer, {"curve": [], "seconds": 0.0, "path": config.model.path, "distance": distance(model)}
     key = cache_key(
         app.name,
@@ -39,15 +41,19 @@ def start(app, config: Config, data: Split, judge: ev.Judge, progress: Progress)
         config.rollout.max_completion_length,
     )
     cache = Path("runs") / "warmup" / f"{app.name}-{key}"
-    if not (cache / "warmup.json").exists():
-        build_start(app, config, data, cache, judge, progress)
+    if ranks.count() > 1 and not cache.exists():
+        raise ConfigError(
+            f"the warm start {cache} is not there yet and is made by one process; GPUS=n does that before it starts the ranks, "
+            f"under another launcher run the same command once without it"
+        )
+    make_folder(cache, lambda part: build_start(app, config, data, part, judge, progress), progress.note)
     model, tokenizer = language.load(config.model, cache)
     note = json.loads((cache / "warmup.json").read_text())
     return model, tokenizer, {**note, "path": str(cache), "distance": distance(model)}
 
 
-def build_start(app, config: Config, data: Split, cache: Path, judge: ev.Judge, progress: Progress) -> None:
-    """Train the warm start and write it to `cache`, whole or not at all."""
+def build_start(app, config: Config, data: Split, folder: Path, judge: ev.Judge, progress: Progress) -> None:
+    """Train the warm start and write it to `folder`. Raises ConfigError if it diverged."""
     warmup, seed, began = config.warmup, config.run.seed, time.monotonic()
     rows = data.train[: warmup.rows]
     labels = app.demonstrations(rows, seed) if warmup.labels == "demonstrations" else [app.gold(row) for row in rows]
@@ -58,6 +64,7 @@ def build_start(app, config: Config, data: Split, cache: Path, judge: ev.Judge, 
         model = tiny.build_model(tokenizer, **shape, seed=seed)
     else:
         model, tokenizer = language.load(config.model)
+        refuse_infinite(model, f"MODEL={config.model.path} cannot be trained")
     scores, _ = ev.grade(judge, rows, labels)
     headline = next(iter(app.metrics))
     facts = {"labels": warmup.labels, "rows": len(rows), "label_accuracy": float(np.nanmean(scores[headline]))}
@@ -85,17 +92,21 @@ def build_start(app, config: Config, data: Split, cache: Path, judge: ev.Judge, 
             lr=warmup.lr,
             prompt_loss=warmup.prompt_loss,
             seed=seed,
-            output=cache.parent / "sft",
+            output=folder,
             on_log=on_log,
         )
-    part = cache.with_name(f".{cache.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
+    refuse_infinite(model, f"the warm start diverged; lower warmup.lr={warmup.lr:g}")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     facts |= {"curve": curve, "seconds": round(time.monotonic() - began, 2)}
-    (part / "warmup.json").write_text(json.dumps(facts))
-    shutil.rmtree(cache, ignore_errors=True)
-    part.rename(cache)
+    (folder / "warmup.json").write_text(json.dumps(facts))
+
+
+def refuse_infinite(model: torch.nn.Module, why: str) -> None:
+    """Raise ConfigError if a weight is NaN or infinite: nothing can be sampled from such a model, and nothing learned."""
+    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        raise ConfigError(f"{why} ({len(broken)} tensors hold NaN or infinite weights, first {broken[0]})")
 
 
 MEASURED = 50_000_000  # parameters; a copy of a larger model is not kept

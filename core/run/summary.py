@@ -19,6 +19,11 @@ from core.run.progress import Progress
 SHOWN = 12  # sample predictions in the report
 
 
+def mean(values: np.ndarray) -> float:
+    """Of what could be judged; NaN if nothing could."""
+    return float("nan") if np.isnan(values).all() else float(np.nanmean(values))
+
+
 def evaluation_json(app: App, rows: Sequence[Row], result: ev.Evaluation, headline: str) -> dict[str, Any]:
     metrics = {}
     for name, values in result.scores.items():
@@ -54,8 +59,8 @@ def summarise(setup, data, folder: RunFolder, before, after, judge, task: str | 
         table.append(
             {
                 "name": name,
-                "before": float(np.nanmean(a)),
-                "after": float(np.nanmean(b)),
+                "before": mean(a),
+                "after": mean(b),
                 "change": diff,
                 "lo": lo,
                 "hi": hi,

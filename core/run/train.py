@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from core import ranks
 from core.app import App, Row
-from core.config import Batch, Config, ConfigError, batch
+from core.config import Batch, Config, ConfigError, Rollout, batch
 from core.objective import recipes
 from core.policy import language
 from core.run import evaluate as ev
@@ -87,13 +88,17 @@ def _run(
             if ranks.is_main():  # ours were checked when made
                 check_gold(app, judge, data, progress, rows=None if config.data.folder else 64)
         model, tokenizer, warm = start(app, config, data, judge, progress)
+        rows = fitting(data.train, tokenizer, config.rollout, context_length(model), progress)
+        refuse_few_prompts(len(rows), setup.batch)
         clock.mark("warmup")
         before = kept_evaluation(folder, "before", lambda: full_evaluation(model, tokenizer, judge, data.test, config))
         progress.note(
             f"before: {setup.headline} {before.mean(setup.headline):.3f} greedy on {len(data.test)} held-out rows"
         )
         clock.mark("eval")
-        trained, weights = reinforce(app, config, setup, data, folder, judge, progress, stop, clock, model, tokenizer)
+        trained, weights = reinforce(
+            app, config, setup, data, rows, folder, judge, progress, stop, clock, model, tokenizer
+        )
         clock.mark("rl")
         after = full_evaluation(trained, tokenizer, judge, data.test, config)
         clock.mark("eval")
@@ -237,6 +242,7 @@ def reinforce(
     config: Config,
     setup: Setup,
     data: Split,
+    rows: Sequence[Row],
     folder: RunFolder,
     judge,
     progress,
@@ -250,7 +256,6 @@ def reinforce(
     Raises Stopped, after saving, if a signal came during the steps.
     """
     set_seed(config.run.seed)
-    rows = fitting(data.train, tokenizer, config.rollout.max_prompt_length, progress)
     progress.phase("GRPO", config.optim.steps)
     follow = Follow(app, config, data, folder, judge, progress, stop, clock, tokenizer, setup)
     with quiet():
@@ -266,6 +271,7 @@ def reinforce(
             batch=setup.batch,
             output=folder.path / "checkpoints",
             on_rollouts=folder.log_rollouts,
+            on_not_finite=lambda step, rows: folder.write_json(f"samples/not-finite-{step:06d}.json", rows),
             callbacks=[follow],
             peft_config=lora(config),
         )
@@ -302,18 +308,32 @@ def lora(config: Config):
     )
 
 
-def fitting(rows: Sequence[Row], tokenizer, limit: int, progress: Progress) -> list[Row]:
-    """Rows whose prompt has at most `limit` tokens; the others are left out, and counted aloud."""
+def context_length(model) -> float:
+    """Tokens that the model has positions for, prompt and completion together; infinite if its config does not say."""
+    config = model.config.get_text_config()
+    scaling = getattr(config, "rope_parameters", None) or {}
+    return getattr(config, "max_position_embeddings", math.inf) * max(1.0, scaling.get("factor") or 1.0)
+
+
+def fitting(rows: Sequence[Row], tokenizer, rollout: Rollout, context: float, progress: Progress) -> list[Row]:
+    """Rows whose prompt keeps to rollout.max_prompt_length and, with its completion, to the model's context.
+
+    The others are left out, and counted aloud. Raises ConfigError if none is left.
+    """
+    limit, what = rollout.max_prompt_length, f"rollout.max_prompt_length={rollout.max_prompt_length}"
+    if context - rollout.max_completion_length < limit:
+        limit = context - rollout.max_completion_length
+        what = (
+            f"the {limit:.0f} that rollout.max_completion_length={rollout.max_completion_length} leaves of the model's "
+            f"context of {context:.0f}"
+        )
     lengths = [len(tokenizer(language.render(tokenizer, row["prompt"]))["input_ids"]) for row in rows]
     kept = [row for row, length in zip(rows, lengths, strict=True) if length <= limit]
     if not kept:
-        raise ConfigError(
-            f"every training prompt is longer than rollout.max_prompt_length={limit} (the shortest has {min(lengths)} tokens)"
-        )
+        raise ConfigError(f"every training prompt is longer than {what} tokens (the shortest has {min(lengths)})")
     if len(kept) < len(rows):
         progress.warn(
-            f"{len(rows) - len(kept)} of {len(rows)} training prompts are longer than rollout.max_prompt_length={limit} "
-            "tokens and are left out"
+            f"{len(rows) - len(kept)} of {len(rows)} training prompts are longer than {what} tokens and are left out"
         )
     return kept
 

@@ -3,19 +3,75 @@
 A warning is given once when its condition begins and again only after the condition was gone for a whole window. The
 thresholds are working values of practice (derived, no paper): each names in its sentence what was measured.
 
+`Guard` is the one check that acts: no update with a loss or gradient that is not finite reaches the weights.
+
 Not covered: rewards that are hacked while the metric is not measured, and slow drift within normal ranges.
 """
 
+import contextlib
 import math
 from collections import deque
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 WINDOW = 20
 RATIO_TOLERANCE = 1e-3
 MAX_TRUNCATED = 0.5
 MAX_UNSCORED = 0.1
 MIN_ENTROPY_SHARE = 0.1
+STOP_AFTER = 5  # updates skipped in a row
+
+
+class NotFinite(ValueError):
+    """The numbers of a run are not finite and it cannot go on; the message says since when and what to change."""
+
+
+@contextlib.contextmanager
+def finite_sampling(when: str) -> Iterator[None]:
+    """NotFinite in place of torch's own words where a model whose probabilities are not finite is sampled. when: "step 3"."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor contains" in str(error) or "device-side assert" in str(error):  # on a CPU; on a GPU
+            raise NotFinite(
+                f"{when}: nothing can be sampled, because the model's probabilities are not finite: an earlier update was "
+                "too large, or the model was broken before. Lower optim.lr, in a new run (RUN=<another name>)"
+            ) from error
+        raise
+
+
+class Guard:
+    """Decides on every update whether it may be made; one that is not finite is skipped, counted, and its rows are kept.
+
+    A skipped update leaves weights and optimizer as they were, so that one bad batch costs one step. Raises NotFinite
+    after STOP_AFTER in a row: then it is not the batch.
+    keep: keep(step, rows) is told the offending rows of a skipped update, once.
+    """
+
+    def __init__(self, keep: Callable[[int, list[dict[str, Any]]], Any] | None = None):
+        self.skipped = self.in_a_row = 0
+        self._keep, self._rows = keep, []
+
+    def note(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Rows of a micro-batch of the coming update whose log-probabilities or loss are not finite; may be empty."""
+        self._rows += rows
+
+    def allows(self, step: int, grad_norm: float) -> bool:
+        """Whether the update of `step` may be made. grad_norm: over all ranks, so that all of them decide alike."""
+        rows, self._rows = self._rows, []
+        if math.isfinite(grad_norm):
+            self.in_a_row = 0
+            return True
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        if rows and self._keep:
+            self._keep(step, rows)
+        if self.in_a_row == STOP_AFTER:
+            raise NotFinite(
+                f"the last {STOP_AFTER} updates, to step {step}, had a gradient norm of {grad_norm} and were skipped; the "
+                f"weights are those of step {step - STOP_AFTER}. Lower optim.lr or use model.dtype=float32, in a new run (RUN="
+                f"<another name>); the rows that were not finite, if it was rows, are in samples/ of this one"
+            )
+        return False
 
 
 class Finding(NamedTuple):
@@ -128,8 +184,8 @@ class Health:
         found = {}
         if self.nonfinite:
             found["nonfinite"] = (
-                f"loss or gradient norm was not finite at {len(self.nonfinite)} of the steps, first at "
-                f"step {self.nonfinite[0]}: lower the learning rate, or compute in bfloat16 or float32, not in float16"
+                f"loss or gradient norm was not finite at {len(self.nonfinite)} of the steps, first at step "
+                f"{self.nonfinite[0]}; such updates are skipped: lower the learning rate, or use model.dtype=float32"
             )
         if self.updates_per_batch == 1 and self.worst_ratio is not None and self.worst_ratio[1] > RATIO_TOLERANCE:
             step, deviation = self.worst_ratio
@@ -164,6 +220,8 @@ class Health:
         components = [self._recent(k) for k in self.recent[-1] if k.startswith("rewards/") and k.endswith("/mean")]
         components = [value for value in components if _finite(value)]
         reward = self._recent("reward")
+        if self._recent("unscored") > 1 - 1e-9:
+            return "no rollout could be judged, so nothing is learned; see reason/<name> in rollouts.parquet"
         if self._recent("truncated") > MAX_TRUNCATED:
             return "most completions are cut at the length limit and fail alike; allow longer completions"
         if components and min(components) >= 0.98:

@@ -15,7 +15,9 @@ tool mask, entropy bonus, router loss) is kept.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -34,6 +36,7 @@ from core.objective.group import Group
 from core.objective.recipes import Recipe
 from core.objective.rows import Counts, Metrics, Rows
 from core.scoring import Scorer, Scores
+from core.train.health import Guard, finite_sampling
 
 # What a recipe may ask for in `needs`; anything else is refused at construction.
 PROVIDES = frozenset({"whole_rollouts"})
@@ -80,6 +83,7 @@ def arguments(config: Config, batch: Batch, recipe: Recipe, output: Path) -> GRP
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
         **_spread(config.launch),
     }
     if recipe.options.get("entropy_coef") and config.trainer.get("entropy_coef"):
@@ -126,7 +130,8 @@ class LanguageTrainer(GRPOTrainer):
     """See the module docstring.
 
     rows: prepared rows (they hold `prompt`); scorer: the reward components; weights: one a component, in scorer's order.
-    on_rollouts: called on the main process with (step, columns) once per generation batch.
+    on_rollouts: called on the main process with (step, columns) once per generation batch. on_not_finite: called there
+    with (step, rows) of an update that was skipped (core.train.health.Guard).
     """
 
     def __init__(
@@ -143,6 +148,7 @@ class LanguageTrainer(GRPOTrainer):
         batch: Batch,
         output: Path,
         on_rollouts: Callable[[int, dict[str, list]], None] | None = None,
+        on_not_finite: Callable[[int, list[dict[str, Any]]], Any] | None = None,
         callbacks: Sequence[Any] = (),
         peft_config: Any = None,
     ):
@@ -154,6 +160,7 @@ class LanguageTrainer(GRPOTrainer):
         self.rows, self.scorer, self.recipe, self.outcome = rows, scorer, recipe, outcome
         self.run_control, self.on_rollouts = config.run.control, on_rollouts  # Trainer.control is something else
         self.weights = torch.tensor(list(weights), dtype=torch.float32)
+        self.guard = Guard(on_not_finite if ranks.is_main() else None)
         args = arguments(config, batch, recipe, output)
         if args.beta and peft_config is None and not model.config._name_or_path:
             self._keep_reference(model, output / "reference")
@@ -208,7 +215,8 @@ class LanguageTrainer(GRPOTrainer):
         return scores
 
     def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
+        with finite_sampling(f"step {self.state.global_step + 1}"):
+            output = super()._generate_and_score_completions(inputs)
         if not self.model.training:
             return output
         group = self._group(output)
@@ -261,7 +269,7 @@ class LanguageTrainer(GRPOTrainer):
             "completion": judged["texts"],
             "advantage": advantage.tolist(),
             "keep": keep.tolist(),
-            "reward": (rewards * self.weights).nansum(1).tolist(),
+            "reward": (rewards * self.weights).nansum(1).masked_fill(judged["failed"].cpu(), math.nan).tolist(),
         }
         for k, name in enumerate(self.scorer.names):
             columns[f"reward/{name}"] = rewards[:, k].tolist()
@@ -308,13 +316,51 @@ class LanguageTrainer(GRPOTrainer):
         if self.aux_loss_enabled:
             value = value + self.router_aux_loss_coef * aux_loss / accumulation
             self._metrics["train"]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
+        self._note_not_finite(inputs, logps.detach(), mask, value)
         return value
+
+    # -- an update that is not finite is skipped --------------------------------------------------------------------------
+
+    def _note_not_finite(self, inputs, logps, mask, loss) -> None:
+        """Tells the guard which rows of a micro-batch are not finite: those with such log-probabilities, else all."""
+        bad = (~logps.isfinite() & (mask > 0)).sum(1)
+        if loss.isfinite() and not bad.any():
+            return
+        read = partial(self.processing_class.batch_decode, skip_special_tokens=True)
+        columns = {
+            "prompt": read(inputs["prompt_ids"]),
+            "completion": read(inputs["completion_ids"]),
+            "tokens": mask.sum(1).tolist(),
+            "not_finite_tokens": bad.tolist(),
+            "advantage": inputs["advantages"].float().view(len(bad), -1).mean(1).tolist(),
+            "keep": inputs["keep"].tolist(),
+        }
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        self.guard.note([row for row in rows if row["not_finite_tokens"]] or rows)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Right before the optimizer's step, with the norm over all ranks; without gradients that step does nothing.
+
+        DeepSpeed steps in its backward pass: there such an update is only counted, and too many in a row end the run.
+        """
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        allowed = grad_norm is None or self.guard.allows(self.state.global_step + 1, float(grad_norm))
+        if not allowed:
+            model.zero_grad(set_to_none=True)
+        self._metrics["train"]["skipped_updates"].append(float(not allowed))
+        return grad_norm
+
+    def log(self, logs, start_time=None):
+        if self.guard.in_a_row and "loss" in logs:
+            logs["loss"] = math.nan  # transformers puts a finite number in its place (logging_nan_inf_filter)
+        super().log(logs, start_time)
 
     def _log_sums(self, metrics: Metrics) -> None:
         """Means over all ranks, in one reduction."""
         sums = torch.stack([part.float() for pair in metrics.values() for part in pair])
         for name, (total, count) in zip(metrics, self.accelerator.reduce(sums).view(-1, 2).tolist(), strict=True):
-            self._metrics["train"][name].append(total / max(count, 1.0))
+            if count:  # nothing was kept: there is no mean, not a mean of 0
+                self._metrics["train"][name].append(total / count)
 
     def _weight(self, inputs, logps, entropy, mask):
         """What TRL multiplies the surrogate with, in TRL's order; None if nothing is switched on."""

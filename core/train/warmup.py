@@ -70,6 +70,7 @@ def imitate(
         completion_only_loss=not prompt_loss,
         train_sampling_strategy="group_by_length",
         logging_steps=max(1, steps // 20),
+        logging_nan_inf_filter=False,  # else a loss of NaN is shown as 0
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

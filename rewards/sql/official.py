@@ -61,6 +61,8 @@ def equal_up_to_columns(first: list[tuple], second: list[tuple], ordered: bool) 
         return True
     if len(first) != len(second) or len(first[0]) != len(second[0]):
         return False
+    if first == second or (not ordered and Counter(first) == Counter(second)):
+        return True  # the columns stand as they are, as in most right answers
     columns, others = list(zip(*first, strict=True)), list(zip(*second, strict=True))
     if ordered:
         return Counter(columns) == Counter(others)

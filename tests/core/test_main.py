@@ -1,6 +1,7 @@
 """core.main: every mistake of a new user is one sentence and exit code 2; and what the Makefile's options become."""
 
 import re
+import signal
 import sqlite3
 import sys
 from dataclasses import replace
@@ -12,7 +13,9 @@ import torch
 from core import app as apps
 from core import config as configs
 from core.main import COMMANDS, HELP, command, main, parser, resolved, run_path
+from core.ranks import OtherRankFailed
 from core.run.folder import RunFolder
+from core.run.stopping import Stopped
 from data.synthetic import spider
 
 SQL = "--app=text_to_sql"
@@ -165,10 +168,32 @@ def test_an_app_s_missing_extra_is_named(capsys, monkeypatch):
     assert "needs the package 'sqlglot'" in refused(capsys, "check", SQL)
 
 
-def test_several_gpus_without_a_launcher_are_refused(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert "2 GPUs are visible and WORLD_SIZE=1: a run is one process on one GPU" in refused(capsys, "train", SQL)
+@pytest.mark.parametrize(
+    ("visible", "options", "said"),
+    [
+        (
+            2,
+            [],
+            "2 GPUs are visible and the run has one process: GPUS=2 uses them all, CUDA_VISIBLE_DEVICES=0 takes one",
+        ),
+        (2, ["--gpus=3"], "GPUS=3 is more than the 2 GPUs that are visible"),
+        (0, ["--gpus=0"], "GPUS=0 is below its least value 1"),
+        (0, ["--gpus=3"], "does not divide over 3 ranks; every rank needs whole groups, so use a multiple of 3"),
+        (1, ["--set=launch.strategy=fsdp"], "launch.strategy=fsdp spreads a model over ranks and this run has one"),
+        (0, ["--gpus=2", "--set=launch.strategy=fsdp"], "without them accelerate would quietly run ddp instead"),
+        (2, ["--gpus=2", "--set=launch.strategy=deepspeed"], "needs the package deepspeed, which is not installed"),
+        (
+            2,
+            ["--gpus=2", "--set=launch.strategy=fsdp launch.file=none.json"],
+            "launch.file=none.json is not a readable",
+        ),
+        (0, ["--set=launch.sampler=vllm_server"], "needs the package vllm, which is not installed"),
+        (0, ["--set=trainer.fsdp=true"], "trainer.fsdp is decided elsewhere; set launch.strategy instead"),
+    ],
+)
+def test_ranks_that_this_machine_cannot_run_are_refused(visible, options, said, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    assert said in refused(capsys, "train", SQL, *options)
 
 
 def test_a_folder_that_is_no_spider_folder_is_refused(capsys, home):
@@ -211,13 +236,22 @@ def test_a_bug_keeps_its_traceback_and_debug_shows_every_other(monkeypatch):
         main(["report", SQL])
 
 
-def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (Stopped(signal.SIGTERM), 0, "stopped; the same command goes on\n"),
+        (Stopped(signal.SIGINT), 130, "stopped; the same command goes on\n"),
+        (OtherRankFailed("it has said why"), 2, ""),
+    ],
+)
+def test_what_a_command_that_was_stopped_exits_with(how, code, said, monkeypatch, capsys):
     def stop(options):
-        raise KeyboardInterrupt
+        raise how
 
     monkeypatch.setitem(COMMANDS, "apps", stop)
-    assert main(["apps"]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert main(["apps"]) == code
+    assert capsys.readouterr().err == said
 
 
 def test_where_a_run_lives_and_the_command_that_does_it_again():

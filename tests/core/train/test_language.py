@@ -210,6 +210,8 @@ OVERRIDDEN = {  # method -> the parameters it is called with
     "_get_train_sampler": ("self", "dataset"),
     "_save_rng_state": ("self", "output_dir"),
     "_load_rng_state": ("self", "checkpoint"),
+    "_get_grad_norm": ("self", "model", "grad_norm"),
+    "log": ("self", "logs", "start_time"),
 }
 CALLED = {  # method -> the parameters that are given by name or place
     "_get_per_token_logps_and_entropies": (
@@ -224,7 +226,8 @@ CALLED = {  # method -> the parameters that are given by name or place
 ATTRIBUTES = (  # read or written: self.<name> of the trainer
     "_buffered_inputs", "_entropy_bonus_enabled", "_entropy_window_stats", "_last_world_entropy", "_metrics", "_step",
     "accelerator", "args", "aux_loss_enabled", "current_gradient_accumulation_steps", "entropy_coef",
-    "max_completion_length", "model", "num_generations", "num_iterations", "off_policy_mask_threshold", "reward_weights",
+    "max_completion_length", "model", "num_generations", "num_iterations", "off_policy_mask_threshold",
+    "processing_class", "reward_weights",
     "router_aux_loss_coef", "state", "top_entropy_quantile", "use_adaptive_entropy", "use_vllm",
     "vllm_importance_sampling_correction",
 )  # fmt: skip
@@ -232,7 +235,7 @@ ARGUMENTS = (
     "seed", "generation_batch_size", "steps_per_generation", "gradient_accumulation_steps", "entropy_target",
     "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max",
 )  # fmt: skip
-OURS = {"rows", "scorer", "recipe", "outcome", "run_control", "on_rollouts", "weights", "_judged"}
+OURS = {"guard", "rows", "scorer", "recipe", "outcome", "run_control", "on_rollouts", "weights", "_judged"}
 ROWS = (  # keys of what _generate_and_score_completions returns
     "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "old_per_token_logps",
     "ref_per_token_logps", "sampling_per_token_logps", "importance_sampling_ratio", "tool_mask",
@@ -250,7 +253,11 @@ LINES = {  # method -> text that must stand in its source, because ours relies o
         "self.accelerator.process_index * len(prompts)",
     ),
     "_get_train_sampler": ("RepeatSampler(", "repeat_count=self.num_iterations * self.args.steps_per_generation"),
-    "_run_epoch": ("self._load_rng_state(resume_from_checkpoint)", "epoch_iterator = iter(train_dataloader)"),
+    "_run_epoch": (
+        "self._load_rng_state(resume_from_checkpoint)",
+        "epoch_iterator = iter(train_dataloader)",
+        "grad_norm = self._get_grad_norm(model, grad_norm=grad_norm)",
+    ),
 }
 
 

@@ -82,6 +82,8 @@ class Rewards:
     timeout_s: float = 10.0
     memory_mb: int = 2048
     max_failure_share: float = 0.5
+    max_concurrent: int = 32  # calls of an async reward beside each other
+    cache_mb: float = 64.0  # verdicts kept for calls that come again; 0 = none
 
 
 @dataclass(frozen=True)
@@ -311,7 +313,7 @@ def _check(config: Config) -> None:
         "warmup.rows": 1, "warmup.steps": 0, "warmup.batch_size": 1,
         "rollout.prompts_per_step": 1, "rollout.group_size": 2, "rollout.max_prompt_length": 1,
         "rollout.max_completion_length": 1, "rollout.top_k": 0, "rollout.steps_per_batch": 1, "rollout.iterations": 1,
-        "rewards.workers": 1, "rewards.memory_mb": 1,
+        "rewards.workers": 1, "rewards.memory_mb": 1, "rewards.max_concurrent": 1, "rewards.cache_mb": 0,
         "optim.steps": 0, "optim.warmup_steps": 0, "optim.max_grad_norm": 0, "optim.weight_decay": 0,
         "evaluate.every": 0, "evaluate.validation_rows": 0, "evaluate.batch_size": 1, "evaluate.samples": 0,
         "run.seed": 0, "run.threads": 1, "run.save_every": 1,

@@ -37,12 +37,16 @@ class WorkerError(RuntimeError):
 
 
 class Limits(NamedTuple):
-    """What a pool and each call in it may use; max_answer_bytes bounds one line of a worker."""
+    """What a pool and each call in it may use; max_answer_bytes bounds one line of a worker.
+
+    timeout_s is also that of an async call, of which max_concurrent run beside each other (core/coroutines.py).
+    """
 
     workers: int = 2
     timeout_s: float = 10.0
     memory_mb: int = 2048
     max_answer_bytes: int = 65536
+    max_concurrent: int = 32
 
 
 @dataclass(eq=False, slots=True)
@@ -50,6 +54,7 @@ class Call:
     """One call of a reward, as JSON text, and what became of it: exactly one of `verdicts`, `error`, `broken_row`.
 
     target: (module, qualname); payload: [grouped, completion or completions, columns]; size: completions in it.
+    key: core.cache's name for its verdicts; None = they are not kept.
     fault: "timeout" or "killed_worker" when the verdicts are zeros because the call cost two workers.
     seconds: time inside the reward, all tries.
     """
@@ -57,6 +62,7 @@ class Call:
     target: tuple[str, str]
     payload: str
     size: int
+    key: bytes | None = None
     number: int = 0
     kills: int = 0
     losses: int = 0
@@ -65,6 +71,23 @@ class Call:
     verdicts: list[list] | None = None
     error: str | None = None
     broken_row: str | None = None
+
+    def take(self, answer: dict[str, Any], seconds: float) -> None:
+        """Notes a reward's answer (core/worker.py). Raises WorkerError if the reward lacks a package."""
+        if "import_error" in answer:
+            raise WorkerError(
+                f"cannot import the reward {'.'.join(self.target)}, or what it needs: {answer['import_error']}"
+            )
+        self.verdicts, self.error = answer.get("verdicts"), answer.get("error")
+        self.broken_row = answer.get("broken_row")
+        self.seconds += seconds
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether another such call would be judged alike: it was judged, and no limit, clock or chance decided."""
+        return self.verdicts is not None and all(
+            repeatable and (value is None or not math.isnan(value)) for value, _, _, repeatable in self.verdicts
+        )
 
 
 class _Worker:
@@ -122,8 +145,9 @@ class Pool:
     """Up to `limits.workers` processes, started with the first calls and ended by `close` or at exit; then anew."""
 
     def __init__(self, limits: Limits):
-        if limits.workers < 1 or limits.timeout_s <= 0 or limits.max_answer_bytes < 32768:
-            raise ValueError(f"{limits}: needs workers >= 1, timeout_s > 0 and max_answer_bytes >= 32768")
+        least = Limits(workers=1, timeout_s=0, memory_mb=1, max_answer_bytes=32768, max_concurrent=1)
+        if not all(value >= low for value, low in zip(limits, least, strict=True)) or limits.timeout_s == 0:
+            raise ValueError(f"{limits}: {least} are the least values, and timeout_s must be above 0")
         self.limits = limits
         self._workers: list[_Worker] = []
         self._selector: selectors.BaseSelector | None = None
@@ -213,13 +237,13 @@ class Pool:
         try:
             for line in lines if sound else ():
                 self._handle(one, json.loads(line))
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             sound = False
         if not sound:
             self._lose(one)
 
     def _handle(self, one: _Worker, message: Any) -> None:
-        """One line of a worker. Raises ValueError, TypeError or KeyError if it is not one that it should send now."""
+        """One line of a worker. Raises ValueError, TypeError, KeyError, OverflowError if it is not one to send now."""
         call = one.call
         if one.state == "starting" and message == "ready":
             self._ever_ready, self._failed_starts = True, 0
@@ -229,27 +253,16 @@ class Pool:
         elif one.state == "sent" and type(message) is int and message == call.number:
             one.state, one.began = "running", time.monotonic()
             one.deadline = one.began + self.limits.timeout_s
-        elif one.state in ("sent", "running") and message["id"] == call.number and "import_error" in message:
-            text = worker.clean(str(message["import_error"]), worker.MAX_ERROR)
-            raise WorkerError(f"a worker cannot import the reward {'.'.join(call.target)}, or what it needs: {text}")
-        elif one.state == "running" and message["id"] == call.number:
-            seconds = float(message["seconds"])
-            if "verdicts" in message:
-                call.verdicts = [_checked(*verdict) for verdict in message["verdicts"]]
-                if len(call.verdicts) != call.size:
-                    raise ValueError("not one verdict for each completion")
-            elif "broken_row" in message:
-                call.broken_row = worker.clean(str(message["broken_row"]), worker.MAX_ERROR)
-            else:
-                call.error = worker.clean(str(message["error"]), worker.MAX_ERROR)
+        elif one.state in ("sent", "running") and message["id"] == call.number:
+            answer = _checked(message, call.size)
+            if one.state == "sent" and "import_error" not in answer:
+                raise ValueError("an answer before the reward began")
+            seconds = float(message.get("seconds", 0.0))
             one.call, one.state, one.deadline = None, "idle", math.inf
-            self._finish(call, seconds)
+            call.take(answer, seconds)
+            self._left -= 1
         else:
             raise ValueError("a line out of turn")
-
-    def _finish(self, call: Call, seconds: float) -> None:
-        call.seconds += seconds
-        self._left -= 1
 
     # -- deaths
 
@@ -280,15 +293,16 @@ class Pool:
             how = f"ran out of {self.limits.memory_mb} MB"
         else:
             how = f"ended its worker (exit status {status})"
-        call.verdicts = [[0.0, call.fault, f"{how}; the second worker lost to it"]] * call.size
-        self._finish(call, seconds)
+        zero = [0.0, call.fault, f"{how}; the second worker lost to it", False]
+        call.take({"verdicts": [zero] * call.size}, seconds)
+        self._left -= 1
 
     def _again(self, call: Call) -> None:
         """Its worker was lost before it began."""
         call.losses += 1
         if call.losses == TRIES:
-            call.error = f"{TRIES} workers were lost before the reward began"
-            self._finish(call, 0.0)
+            call.take({"error": f"{TRIES} workers were lost before the reward began"}, 0.0)
+            self._left -= 1
         elif call.kills:
             self._start(call)  # it is owed a fresh worker
         else:
@@ -307,8 +321,19 @@ class Pool:
         return one.kill()
 
 
-def _checked(value: Any, reason: Any, detail: Any) -> list:
-    """A verdict as it came over the line, from a process that touched model output. Raises ValueError."""
+def _checked(message: dict[str, Any], size: int) -> dict[str, Any]:
+    """The answer in a line as it came from a process that touched model output. Raises as Pool._handle."""
+    for kind in ("import_error", "broken_row", "error"):
+        if kind in message:
+            return {kind: worker.clean(str(message[kind]), worker.MAX_ERROR)}
+    verdicts = [_checked_verdict(*verdict) for verdict in message["verdicts"]]
+    if len(verdicts) != size:
+        raise ValueError("not one verdict for each completion")
+    return {"verdicts": verdicts}
+
+
+def _checked_verdict(value: Any, reason: Any, detail: Any, repeatable: Any) -> list:
     if value is not None and (type(value) not in (int, float) or math.isinf(value)):
         raise ValueError("a value that is not a number")
-    return [value, worker.clean(str(reason), worker.MAX_REASON), worker.clean(str(detail), worker.MAX_DETAIL)]
+    reason, detail = worker.clean(str(reason), worker.MAX_REASON), worker.clean(str(detail), worker.MAX_DETAIL)
+    return [value, reason, detail, repeatable is True]

@@ -6,13 +6,13 @@ counted. A *broken row* of the data raises `BrokenRowError` with the row's id.
 
 Rewards run in worker processes under limits (core/pool.py says when a dead worker is the completion's fault); each is
 found there by module and name, and completion and columns travel as JSON: a tuple arrives as a list, the keys of a dict
-as strings. `batched` rewards run in this process, without limits. Results are ordered by row, never by arrival.
+as strings. Async rewards run beside them on an event loop in this process (core/coroutines.py), `batched` rewards run
+here after both, without limits. Answers that hold are kept (core/cache.py). Results are ordered by row, never by
+arrival.
 """
 
 from __future__ import annotations
 
-import inspect
-import json
 import logging
 import math
 import time
@@ -24,15 +24,26 @@ from typing import Any
 import numpy as np
 
 from core import worker
+from core.cache import Cache, Stamps
+from core.coroutines import Coroutines
 from core.pool import Call, Limits, Pool
+from core.reward import Reward
 
 logger = logging.getLogger(__name__)
 
 MIN_ROWS = 16  # a share of failures is taken over at least so many rows
+MAX_IDS, MAX_QUOTED, MAX_LINE = 20, 3, 300  # broken rows that an error names, and quotes; characters of a quotation
 
 
 class BrokenRowError(ValueError):
-    """A row of the data is wrong (its gold does not run); the message names it."""
+    """Rows of the data are wrong (their gold does not run). rows: {id: what a reward said}, every such row of the batch."""
+
+    def __init__(self, rows: dict[str, str]):
+        self.rows = rows
+        count = "1 row of the data is" if len(rows) == 1 else f"{len(rows)} rows of the data are"
+        more = f" and {len(rows) - MAX_IDS} more" if len(rows) > MAX_IDS else ""
+        said = "".join(f"\n  {row}: {_first_line(message)}" for row, message in list(rows.items())[:MAX_QUOTED])
+        super().__init__(f"{count} broken; mend or remove {', '.join(list(rows)[:MAX_IDS])}{more}:{said}")
 
 
 class RewardsFailing(RuntimeError):
@@ -46,8 +57,9 @@ class Scores:
     values: (N, K) float64; NaN = the component does not apply or, with the whole row, the row is unscored.
     failed: (N,) bool; True = unscored: some check could not judge.
     reasons, details: N dicts {component: text}, only where a reward said something.
-    metrics: reward_failures/<name> (rows), timeouts and killed_workers (zeros given for that), seconds/<name> (sum of
-        the time inside the reward), score_s (wall).
+    metrics: reward_failures/<name> (rows); cache_hits/<name> (rows that needed no call of their own: their verdict was
+        kept from an earlier batch, or the same call was made for another row or component of this one); timeouts and
+        killed_workers (zeros given for that); seconds/<name> (sum of the time inside the reward), score_s (wall).
     """
 
     values: np.ndarray
@@ -63,8 +75,9 @@ class Scorer:
     rewards: {component: reward}; two components may be the same function. A reward is a module-level function of the
         completion and of the columns its signature names. Its attribute `scope` says what one call sees: "completion"
         (default), "group" (a group's completions and the columns of its first row; a kill is the whole group's fault),
-        "batch" (all completions, and each column as a list; in this process).
-    workers, timeout_s, memory_mb, max_answer_bytes: core.pool.Limits. pool: share these workers instead.
+        "batch" (all completions, and each column as a list; in this process). `async def`: see core/coroutines.py.
+    workers, timeout_s, memory_mb, max_answer_bytes, max_concurrent: core.pool.Limits. pool: share these workers instead.
+    cache_mb: memory for verdicts of earlier batches; 0 = none are kept. cache: share this one instead.
     max_failure_share: above this share of unscored rows in a batch, RewardsFailing. Of few rows a share says little:
         smaller batches are taken together with those before them, and nothing is raised before MIN_ROWS rows.
     Raises ValueError if something is not a reward.
@@ -78,14 +91,19 @@ class Scorer:
         timeout_s: float = 10.0,
         memory_mb: int = 2048,
         max_answer_bytes: int = 65536,
+        max_concurrent: int = 32,
+        cache_mb: float = 64.0,
         max_failure_share: float = 0.5,
         pool: Pool | None = None,
+        cache: Cache | None = None,
     ):
         if not rewards:
             raise ValueError("a scorer needs at least one reward")
         self.names = tuple(rewards)
-        self._rewards = [_Reward.of(name, function) for name, function in rewards.items()]
-        self._pool = pool or Pool(Limits(workers, timeout_s, memory_mb, max_answer_bytes))
+        self._rewards = [Reward.of(name, function) for name, function in rewards.items()]
+        self._cache = Cache(cache_mb) if cache is None else cache
+        self._pool = pool or Pool(Limits(workers, timeout_s, memory_mb, max_answer_bytes, max_concurrent))
+        self._coroutines = Coroutines(self._pool.limits)
         self._failures = _Failures(max_failure_share)
 
     def __enter__(self) -> Scorer:
@@ -95,7 +113,8 @@ class Scorer:
         self.close()
 
     def close(self) -> None:
-        """Ends the workers; scoring again starts new ones."""
+        """Ends the workers and the thread of async rewards; scoring again starts new ones. Kept verdicts are kept."""
+        self._coroutines.close()
         self._pool.close()
 
     def check_columns(self, row: Mapping[str, Any]) -> None:
@@ -106,8 +125,8 @@ class Scorer:
     def score(self, completions: Sequence[Any], rows: Sequence[Mapping[str, Any]], group_size: int = 1) -> Scores:
         """Scores completion i on row i; groups are adjacent. Identical calls within the batch are made once.
 
-        Raises BrokenRowError (the first broken row), RewardsFailing, core.pool.WorkerError; ValueError on sizes that do
-        not fit, a missing column, or a column that is not JSON.
+        Raises BrokenRowError (all broken rows), RewardsFailing, core.pool.WorkerError; ValueError on sizes that do not
+        fit, a missing column, or a column that is not JSON.
         """
         start, n = time.perf_counter(), len(completions)
         if len(rows) != n or group_size < 1 or n % group_size:
@@ -116,40 +135,66 @@ class Scorer:
             )
         calls: dict[tuple, Call] = {}
         placed: list[list[tuple[Call, int]]] = []  # [reward][row]: the call that judges it, and its place there
-        spent: list[list[Call]] = []  # [reward]: the calls made for it
+        made: list[list[Call]] = []  # [reward]: the calls made for it
+        stamps = Stamps()
         for reward in self._rewards:
-            before = len(calls)
-            size = {"completion": 1, "group": group_size, "batch": n}[reward.scope]
+            size = group_size if reward.scope == "group" else 1
+            made.append([])
             placed.append([])
-            for first in range(0, n, size or 1) if reward.scope != "batch" else ():
-                payload = _payload(reward, completions[first : first + size], rows[first], first)
-                call = calls.setdefault((reward.target, payload), Call(reward.target, payload, size))
+            for first in range(0, n, size) if reward.scope != "batch" else ():
+                seen = list(completions[first : first + size]) if reward.scope == "group" else completions[first]
+                columns = reward.columns(rows[first])
+                payload = reward.payload(seen, columns, rows[first].get("id", first))
+                call = calls.get((reward.target, payload))
+                if call is None:
+                    call = Call(reward.target, payload, size, reward.key(payload, columns, stamps))
+                    call.verdicts = self._cache.get(call.key)
+                    calls[reward.target, payload] = call
+                    if call.verdicts is None:
+                        made[-1].append(call)
                 placed[-1] += [(call, place) for place in range(size)]
-            spent.append(list(calls.values())[before:])
-        self._pool.run(list(calls.values()))
+        self._run(made)
         for k, reward in enumerate(self._rewards):
             if reward.scope == "batch" and n:
-                call = _in_process(reward, completions, rows)
-                placed[k], spent[k] = [(call, place) for place in range(n)], [call]
+                made[k] = [_in_process(reward, completions, rows)]
+                placed[k] = [(made[k][0], place) for place in range(n)]
         self._raise_broken(placed, rows)
-        seconds = [sum(call.seconds for call in made) for made in spent]
-        return self._collect(placed, n, seconds, start)
+        return self._collect(placed, made, n, start)
+
+    def _run(self, made: list[list[Call]]) -> None:
+        """Runs the calls, async ones beside those in workers, and keeps the verdicts that hold."""
+        pairs = [(reward, call) for reward, mine in zip(self._rewards, made, strict=True) for call in mine]
+        try:
+            self._coroutines.start([(reward.function, call) for reward, call in pairs if reward.is_async])
+            self._pool.run([call for reward, call in pairs if not reward.is_async])
+            self._coroutines.finish()
+        except BaseException:
+            self._coroutines.close()  # it is in the middle of calls
+            raise
+        for _, call in pairs:
+            if call.key is not None and call.repeatable:
+                self._cache.put(call.key, call.verdicts)
 
     def _raise_broken(self, placed: list[list[tuple[Call, int]]], rows: Sequence[Mapping[str, Any]]) -> None:
+        broken: dict[str, str] = {}
         for i, row in enumerate(rows):
             for reward, entries in zip(self._rewards, placed, strict=True):
                 if (message := entries[i][0].broken_row) is not None:
-                    which = "a row of the batch" if reward.scope == "batch" else f"row {row.get('id', i)}"
-                    raise BrokenRowError(f"{which} is broken, says the reward {reward.name!r}: {message}")
+                    which = "a row of the batch" if reward.scope == "batch" else str(row.get("id", i))
+                    broken.setdefault(which, f"reward {reward.name!r}: {message}")
+        if broken:
+            raise BrokenRowError(broken)
 
-    def _collect(self, placed: list[list[tuple[Call, int]]], n: int, seconds: list[float], start: float) -> Scores:
+    def _collect(self, placed: list[list[tuple[Call, int]]], made: list[list[Call]], n: int, start: float) -> Scores:
         values, failed = np.full((n, len(self.names)), np.nan), np.zeros(n, dtype=bool)
         reasons: list[dict[str, str]] = [{} for _ in range(n)]
         details: list[dict[str, str]] = [{} for _ in range(n)]
         failures, faults = Counter(), Counter()
         for k, name in enumerate(self.names):
             for i, (call, place) in enumerate(placed[k]):
-                value, reason, detail = call.verdicts[place] if call.verdicts else (math.nan, "error", call.error)
+                value, reason, detail, _ = (
+                    call.verdicts[place] if call.verdicts else (math.nan, "error", call.error, False)
+                )
                 if reason:
                     reasons[i][name] = reason
                 if detail:
@@ -166,69 +211,12 @@ class Scorer:
         values[failed] = np.nan
         self._failures.add(n, int(failed.sum()), failures)
         metrics = {f"reward_failures/{name}": float(failures[name]) for name in self.names}
+        for name, mine in zip(self.names, made, strict=True):
+            metrics[f"cache_hits/{name}"] = float(n - sum(call.size for call in mine))
+            metrics[f"seconds/{name}"] = sum((call.seconds for call in mine), 0.0)
         metrics |= {"timeouts": float(faults["timeout"]), "killed_workers": float(faults["killed_worker"])}
-        metrics |= {f"seconds/{name}": value for name, value in zip(self.names, seconds, strict=True)}
         metrics["score_s"] = time.perf_counter() - start
         return Scores(values, failed, reasons, details, metrics)
-
-
-@dataclass(frozen=True)
-class _Reward:
-    """A reward as the scorer knows it: where a worker finds it, and which columns it reads."""
-
-    name: str
-    function: Callable
-    scope: str
-    target: tuple[str, str]
-    required: tuple[str, ...]
-    optional: tuple[str, ...]
-
-    @classmethod
-    def of(cls, name: str, function: Callable) -> _Reward:
-        """Raises ValueError if a worker could not find the function, or if its signature is not a reward's."""
-        if not inspect.isroutine(function):
-            raise ValueError(
-                f"reward {name!r} is a {type(function).__name__}; workers find rewards by module and name, so it must "
-                f"be a module-level function (for a functools.partial write a function, or make the argument a column)"
-            )
-        target = function.__module__, function.__qualname__
-        if target[0] == "__main__" or "<" in target[1]:
-            raise ValueError(
-                f"reward {name!r} is {'.'.join(target)}; workers import rewards, so it cannot be a lambda, a nested "
-                f"function or a function of the script that is being run: move it to the top level of a module"
-            )
-        try:
-            found = worker.resolve(*target)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"reward {name!r}: workers could not find {'.'.join(target)}: {error}") from error
-        if found != function:
-            raise ValueError(f"reward {name!r}: {'.'.join(target)} is another object, and workers would run that one")
-        if inspect.iscoroutinefunction(function):
-            raise ValueError(f"reward {name!r} is async; write it as a plain function: workers run beside each other")
-        scope = getattr(function, "scope", "completion")
-        if scope not in ("completion", "group", "batch"):
-            raise ValueError(f"reward {name!r} has scope={scope!r}; it may be 'completion', 'group' or 'batch'")
-        signature = inspect.signature(function)
-        first, *columns = list(signature.parameters.values()) or [None]
-        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        if first is None or first.kind > named[0] or any(column.kind not in named for column in columns):
-            raise ValueError(
-                f"reward {name!r} has the signature {signature}; it must take the completion first and then name each "
-                f"column that it reads, as in {function.__name__}(completion, *, sql, database)"
-            )
-        required = tuple(column.name for column in columns if column.default is column.empty)
-        optional = tuple(column.name for column in columns if column.default is not column.empty)
-        return cls(name, function, scope, target, required, optional)
-
-    def columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The row's columns that this reward reads. Raises ValueError if one is missing."""
-        for column in self.required:
-            if column not in row:
-                raise ValueError(
-                    f"reward {self.name!r} ({'.'.join(self.target)}) needs the column {column!r}; the row has: "
-                    f"{', '.join(sorted(map(str, row)))}"
-                )
-        return {column: row[column] for column in (*self.required, *self.optional) if column in row}
 
 
 @dataclass
@@ -256,43 +244,30 @@ class _Failures:
         if rows < MIN_ROWS or unscored <= self.max_share * rows:
             return
         counts = sum((batch[2] for batch in self.batches), Counter())
-        lines = [f"\n  {name}: {count} failures; its first was {self.first[name]}" for name, count in counts.items()]
+        said = [
+            f"\n  {name}: {n} failures; its first was {_first_line(self.first[name])}" for name, n in counts.items()
+        ]
         raise RewardsFailing(
             f"{unscored} of the last {rows} rows could not be scored, above max_failure_share={self.max_share:g}:"
-            + "".join(lines)
+            + "".join(said)
         )
 
 
-def _payload(reward: _Reward, completions: Sequence[Any], row: Mapping[str, Any], index: int) -> str:
-    """All of a request that decides its answer, as JSON text."""
-    grouped = reward.scope == "group"
-    where = f"row {row.get('id', index)}, reward {reward.name!r}"
-    try:
-        payload = json.dumps([grouped, list(completions) if grouped else completions[0], reward.columns(row)])
-    except TypeError as error:
-        raise ValueError(
-            f"{where}: {error}; workers get JSON: text completions, and columns of text, numbers, lists and dicts "
-            f"(a @batched reward runs in this process and takes anything)"
-        ) from error
-    if len(payload) > worker.MAX_REQUEST_BYTES - 1024:
-        raise ValueError(f"{where}: completion and columns take {len(payload)} of {worker.MAX_REQUEST_BYTES} bytes")
-    return payload
+def _first_line(text: str) -> str:
+    return text.split("\n", 1)[0][:MAX_LINE]
 
 
-def _in_process(reward: _Reward, completions: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> Call:
-    """Calls a batched reward; what became of it in the form of a worker's call."""
+def _in_process(reward: Reward, completions: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> Call:
+    """Calls a batched reward; what became of it in the form of a worker's call. Raises WorkerError as `Call.take`."""
     call = Call(reward.target, "", len(completions))
     each = [reward.columns(row) for row in rows]
     start = time.perf_counter()
     try:
         results = reward.function(list(completions), **{name: [columns[name] for columns in each] for name in each[0]})
-        call.verdicts = worker.verdicts(results, len(completions))
-    except Exception as error:
-        if getattr(type(error), "broken_row", False):
-            call.broken_row = str(error)
-        else:
-            call.error = worker.describe(error)
-    call.seconds = time.perf_counter() - start
+        answer = worker.success(results, len(completions))
+    except (Exception, SystemExit) as error:
+        answer = worker.failure(error)
+    call.take(answer, time.perf_counter() - start)
     return call
 
 
@@ -300,21 +275,32 @@ def _in_process(reward: _Reward, completions: Sequence[Any], rows: Sequence[Mapp
 
 TRL_KEYWORDS = ("completion_ids", "trainer_state", "log_metric", "environments")
 _pools: dict[Limits, Pool] = {}
+_caches: dict[float, Cache] = {}
 
 
 def as_trl(
-    reward: Callable, *, group_size: int | None = None, max_failure_share: float = 0.5, **limits: Any
+    reward: Callable,
+    *,
+    group_size: int | None = None,
+    max_failure_share: float = 0.5,
+    cache_mb: float = 64.0,
+    **limits: Any,
 ) -> Callable[..., list[float | None]]:
     """The reward with TRL's signature, (prompts, completions, **columns) -> list[float | None].
 
     None where it does not apply or could not judge, so that TRL leaves it out. Completions are text or chat messages
     (the last one of the assistant counts); the prompt is the column `prompt`; reasons go to `log_extra`.
     group_size: TRL's num_generations, for a reward that looks at whole groups.
-    limits: fields of core.pool.Limits; rewards with equal limits share one pool, started at the first call.
+    limits: fields of core.pool.Limits; rewards with equal limits share one pool, started at the first call, and rewards
+    with equal cache_mb one cache.
     """
     limits = Limits(**limits)
     name = getattr(reward, "__name__", "reward")
-    scorer = Scorer({name: reward}, pool=_pools.setdefault(limits, Pool(limits)), max_failure_share=max_failure_share)
+    shared = {
+        "pool": _pools.setdefault(limits, Pool(limits)),
+        "cache": _caches.setdefault(cache_mb, Cache(cache_mb)),
+    }
+    scorer = Scorer({name: reward}, max_failure_share=max_failure_share, **shared)
     if getattr(reward, "scope", "completion") == "group" and group_size is None:
         raise ValueError(f"reward {name!r} looks at whole groups: as_trl needs group_size (TRL's num_generations)")
 

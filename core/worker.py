@@ -7,14 +7,16 @@ a session of its own, so that killing the process group takes along what a rewar
                        [id, [module, qualname], [grouped, completion or completions, columns]]
     worker -> parent   first "ready"; for each call its id the moment the reward begins (its module is imported by
                        then), and {"id", "seconds"} with one of
-                         "verdicts": [[value, reason, detail], ...]   null = does not apply, NaN = could not judge
+                         "verdicts": [[value, reason, detail, repeatable], ...]
+                                     value: null = does not apply, NaN = could not judge
                          "error": text, or "broken_row": text;
                        {"id", "import_error": text} instead of beginning, or as an answer
 
 Covered (Linux and macOS): a reward that prints or reads stdin (descriptors 0-2 are /dev/null; the lines travel on
 private duplicates that children do not inherit); that hangs while the parent is dead (SIGALRM with its default action
 ends the process `GRACE_S` after the parent should have; an idle worker ends at end of file); that writes files
-(RLIMIT_FSIZE 0), dumps core, opens too many files, or forks and returns twice. Linux only: memory (RLIMIT_AS).
+(RLIMIT_FSIZE 0), dumps core, opens too many files, or forks and returns twice. The signals with which terminals and job
+managers end or warn a whole job leave a worker alone: its parent decides. Linux only: memory (RLIMIT_AS).
 Not covered: network; reading, deleting or truncating files; processes that leave the group with setsid; children that
 a reward leaves behind (they live as long as their worker); forks without end. A reward that *executes* what a model
 wrote needs a sandbox of its own (rewards/sandbox).
@@ -29,6 +31,7 @@ import json
 import math
 import numbers
 import os
+import reprlib
 import resource
 import signal
 import sys
@@ -42,6 +45,7 @@ MAX_FILES = 1024
 MAX_REASON, MAX_DETAIL, MAX_ERROR = 80, 500, 2000  # characters; JSON may take 12 bytes for one
 GRACE_S = 1.0
 OUT_OF_MEMORY = 71  # exit status: the reward met MemoryError
+JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def main() -> None:
@@ -53,10 +57,19 @@ def main() -> None:
     sys.path[:] = settings["path"]
     sys.dont_write_bytecode = True
     _limit(settings["memory_mb"])
+    for number in JOB_SIGNALS:  # a handler and not SIG_IGN, which a program that a reward starts would inherit
+        signal.signal(number, lambda *_: None)
     os.dup2(null, 2)  # until here stderr is the parent's file: it says why a worker could not start
+
     # A forked child keeps neither line: the parent sees the end of this process even if the child lives on, and a child
     # that returns from the reward as well ends at its first write.
-    os.register_at_fork(after_in_child=lambda: (os.close(answers), os.close(requests.fileno())))
+    def in_child() -> None:
+        os.close(answers)
+        os.close(requests.fileno())
+        for number in JOB_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+    os.register_at_fork(after_in_child=in_child)
 
     def send(message: Any) -> None:
         line = json.dumps(message).encode() + b"\n"
@@ -103,22 +116,31 @@ def resolve(module: str, qualname: str) -> Any:
 
 def _call(reward: Callable, completion: Any, columns: dict[str, Any], group: int | None) -> dict[str, Any]:
     try:
-        result = reward(completion, **columns)
-        return {"verdicts": [verdict(result)] if group is None else verdicts(result, group)}
+        return success(reward(completion, **columns), group)
     except MemoryError:
         os._exit(OUT_OF_MEMORY)  # the completion used up its memory: like a kill, and nothing here is sound any more
-    except ImportError as error:  # a package is not installed: no later call can fare better
-        return {"import_error": clean(str(error), MAX_ERROR)}
     except BaseException as error:
-        if getattr(type(error), "broken_row", False):
-            return {"broken_row": clean(str(error), MAX_ERROR)}
-        return {"error": describe(error)}
+        return failure(error)
+
+
+def success(result: Any, group: int | None) -> dict[str, Any]:
+    """The answer for what a reward returned for one completion, or for a group of that size. Raises as `verdicts`."""
+    return {"verdicts": [verdict(result)] if group is None else verdicts(result, group)}
+
+
+def failure(error: BaseException) -> dict[str, Any]:
+    """The answer for what a reward raised."""
+    if isinstance(error, ImportError):  # a package is not installed: no later call can fare better
+        return {"import_error": clean(str(error), MAX_ERROR)}
+    if getattr(type(error), "broken_row", False):
+        return {"broken_row": clean(str(error), MAX_ERROR)}
+    return {"error": describe(error)}
 
 
 def _fit(answer: dict[str, Any], limit: int) -> dict[str, Any]:
     """The answer for a large group, without its details if it would be too long with them."""
     if "verdicts" in answer and len(json.dumps(answer)) >= limit:
-        answer["verdicts"] = [[value, reason, ""] for value, reason, _ in answer["verdicts"]]
+        answer["verdicts"] = [[value, reason, "", repeatable] for value, reason, _, repeatable in answer["verdicts"]]
         if len(json.dumps(answer)) >= limit:
             del answer["verdicts"]
             answer["error"] = f"the answer is longer than max_answer_bytes={limit}"
@@ -134,7 +156,7 @@ def verdicts(results: Any, count: int) -> list[list]:
 
 
 def verdict(result: Any) -> list:
-    """[value, reason, detail] of what a reward returned: a number, None, or an object with value, reason and detail.
+    """[value, reason, detail, repeatable] of what a reward returned: a number, None, or an object with these fields.
 
     value: finite float; None = does not apply; NaN = could not judge. An infinite value, or something that is not a
     number, is a bug of the reward: NaN with the reason bad_reward_value, never a zero.
@@ -142,17 +164,22 @@ def verdict(result: Any) -> list:
     value = getattr(result, "value", result)
     reason = clean(str(getattr(result, "reason", "")), MAX_REASON)
     detail = clean(str(getattr(result, "detail", "")), MAX_DETAIL)
+    repeatable = bool(getattr(result, "repeatable", True))
     if value is None:
-        return [None, reason, detail]
+        return [None, reason, detail, repeatable]
     if isinstance(value, numbers.Real):
         with contextlib.suppress(OverflowError):
             number = float(value)
             if math.isfinite(number):
-                return [number, reason, detail]
+                return [number, reason, detail, repeatable]
             if math.isnan(number):
-                return [number, reason or "failed", detail]
-    shown = clean(repr(value), 100)
-    return [math.nan, "bad_reward_value", f"returned {shown} ({type(value).__name__}), not a finite number or None"]
+                return [number, reason or "failed", detail, repeatable]
+    try:
+        shown = clean(reprlib.repr(value), 100)
+    except Exception:  # an int of more than 4300 digits, for one
+        shown = "something that cannot be shown"
+    wrong = f"returned {shown} ({type(value).__name__}), not a finite number or None"
+    return [math.nan, "bad_reward_value", wrong, repeatable]
 
 
 def clean(text: str, limit: int) -> str:

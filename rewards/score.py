@@ -1,13 +1,18 @@
-"""What a reward returns: a value, a reason code and a detail; and the marks that say what a reward is called with.
+"""What a reward returns: a value, a reason code and a detail; and marks: what a call sees, and when an answer holds.
 
 Four cases, never mixed: a bad completion has a low value and a reason; a reward that does not apply to a row has value
 None (only that component is left out); a check that could not judge has value FAILED (the whole rollout is unscored);
 a broken data row raises BrokenRow. Standard library only.
+
+A scorer keeps answers and gives them again to the same completion and columns (core/cache.py). It need not be told of
+files that a column names; everything else that moves an answer is said here: `repeatable`, `volatile`, `reads`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from os import PathLike
+from typing import Any
 
 FAILED = math.nan
 
@@ -18,11 +23,13 @@ class Score:
 
     value: float in [0, 1]; None = does not apply to this row; FAILED (NaN) = the check could not judge.
     reason: a short code fit for counting (`wrong_rows`). detail: one line for a reader, never counted.
+    repeatable: False = the same call might say something else another time, because a clock or chance decided this one.
     """
 
     value: float | None
     reason: str = ""
     detail: str = ""
+    repeatable: bool = True
 
     @property
     def failed(self) -> bool:
@@ -46,3 +53,22 @@ def batched(reward: Callable) -> Callable:
     """Mark a reward as called once per batch, in process: `reward(completions, *, lists of columns) -> list[Score]`."""
     reward.scope = "batch"
     return reward
+
+
+def volatile(reward: Callable) -> Callable:
+    """Mark a reward none of whose answers is repeatable: a judge that samples, a reward that looks at the clock."""
+    reward.volatile = True
+    return reward
+
+
+def reads(paths: Callable[[Mapping[str, Any]], Iterable[str | PathLike]]) -> Callable[[Callable], Callable]:
+    """Mark a reward whose answers hold only while certain files do not change: `paths(columns)` lists them.
+
+    A file that a text column names need not be listed. A file that is not there yet may be.
+    """
+
+    def mark(reward: Callable) -> Callable:
+        reward.reads = paths
+        return reward
+
+    return mark

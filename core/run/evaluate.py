@@ -15,6 +15,7 @@ import numpy as np
 
 from core import ranks
 from core.app import App, Row
+from core.cache import Cache
 from core.config import Config
 from core.policy.language import Sampling, complete
 from core.run.statistics import bootstrap_mean, paired_bootstrap
@@ -53,6 +54,8 @@ class Judge:
             "timeout_s": config.rewards.timeout_s,
             "memory_mb": config.rewards.memory_mb,
             "max_failure_share": config.rewards.max_failure_share,
+            "max_concurrent": config.rewards.max_concurrent,
+            "cache": Cache(config.rewards.cache_mb),  # one for both: they share functions
         }
         self.metrics = Scorer(dict(app.metrics), **limits)
         self.rewards = Scorer({name: reward for name, (_, reward) in composite.items()}, **limits)

@@ -48,7 +48,8 @@ class Result:
 
 
 class QueryError(Exception):
-    """The query is at fault. reason: one of the codes below; by_clock: it ended on the wall clock, not on its steps.
+    """The query is at fault. reason: one of the codes below; by_clock: it ended on the wall clock, or on
+    the heap that all queries of the process share, and not on its own budget: another time it might run.
 
     empty, several_statements, syntax_error, unknown_name, refused, timeout_in_query, too_many_rows, too_big,
     runtime_error.
@@ -77,7 +78,7 @@ def execute(database: str, sql: str, limits: Limits = Limits()) -> Result:
         return session.run(sql, limits)
     except MemoryError:
         _close(database)
-        raise QueryError("too_big", "SQLite ran out of its heap") from None
+        raise QueryError("too_big", "SQLite ran out of its heap", by_clock=True) from None
 
 
 def read_schema(database: str) -> dict[str, dict[str, str]]:

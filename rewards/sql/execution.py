@@ -75,8 +75,13 @@ def gold_result(database: str, sql: str) -> Result | Score:
         return Score(FAILED, "database_unavailable", str(error))
     except QueryError as error:
         if error.by_clock:
-            return Score(FAILED, "gold_timeout", error.detail)
+            return Score(FAILED, "gold_timeout", error.detail, repeatable=False)
         raise BrokenRow(f"gold does not run on {database}: {error}; sql: {sql}") from error
+
+
+def did_not_run(error: QueryError) -> Score:
+    """The score of a prediction that did not run; one that the clock stopped might run another time."""
+    return Score(0.0, error.reason, error.detail, repeatable=not error.by_clock)
 
 
 def execution_match(completion: str, *, sql: str, database: str) -> Score:
@@ -90,7 +95,7 @@ def execution_match(completion: str, *, sql: str, database: str) -> Score:
     try:
         found = result_of(database, predicted)
     except QueryError as error:
-        return Score(0.0, error.reason, error.detail)
+        return did_not_run(error)
     except DatabaseUnavailable as error:
         return Score(FAILED, "database_unavailable", str(error))
     if len(found.columns) != len(gold.columns):
@@ -111,7 +116,7 @@ def executes(completion: str, *, database: str) -> Score:
     try:
         result_of(database, predicted)
     except QueryError as error:
-        return Score(0.0, error.reason, error.detail)
+        return did_not_run(error)
     except DatabaseUnavailable as error:
         return Score(FAILED, "database_unavailable", str(error))
     return Score(1.0)

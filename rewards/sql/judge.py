@@ -47,14 +47,15 @@ def judge(completion: str, *, question: str, sql: str, database: str) -> Score:
         return Score(FAILED if executed.failed else None, executed.reason, executed.detail)
     candidate = extract_sql(completion)
     if candidate is None:
-        return Score(0.0, "no_sql")
+        return Score(0.0, "no_sql", repeatable=executed.repeatable)
     try:
         answer = _ask(_prompt(question, sql, without_comments(candidate)[:8000]))
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         return Score(FAILED, "judge_down", str(error))
     except (ValueError, KeyError, IndexError, TypeError) as error:
         return Score(FAILED, "judge_reply", str(error))
-    return Score(sum(answer.values()) / len(ITEMS), "", ", ".join(item for item in ITEMS if not answer[item]))
+    missed = ", ".join(item for item in ITEMS if not answer[item])
+    return Score(sum(answer.values()) / len(ITEMS), "", missed, repeatable=executed.repeatable)
 
 
 def _prompt(question: str, sql: str, candidate: str) -> str:

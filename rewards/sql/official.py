@@ -16,8 +16,8 @@ from collections import Counter
 from pathlib import Path
 
 from rewards.sandbox.sqlite import DatabaseUnavailable, QueryError
-from rewards.score import FAILED, Score
-from rewards.sql.execution import gold_result, result_of
+from rewards.score import FAILED, Score, reads
+from rewards.sql.execution import did_not_run, gold_result, result_of
 from rewards.sql.extract import extract_sql
 from rewards.sql.tokens import without_word
 
@@ -25,6 +25,7 @@ NODES = 2000  # partial column assignments tried per result
 CURRENT_YEAR = re.compile(r"YEAR\s*\(\s*CURDATE\s*\(\s*\)\s*\)\s*", re.IGNORECASE)
 
 
+@reads(lambda columns: Path(columns["database"]).parent.iterdir())
 def spider_execution(completion: str, *, sql: str, database: str) -> Score:
     """1 if the prediction equals gold on every database of the row's folder, else 0. Raises BrokenRow as
     gold_result.
@@ -41,7 +42,7 @@ def spider_execution(completion: str, *, sql: str, database: str) -> Score:
         try:
             found = result_of(path, _prepared(predicted.replace("value", "1")))
         except QueryError as error:
-            return Score(0.0, error.reason, error.detail)
+            return did_not_run(error)
         except DatabaseUnavailable as error:
             return Score(FAILED, "database_unavailable", str(error))
         equal = equal_up_to_columns(gold.rows, found.rows, ordered)

@@ -8,6 +8,7 @@ and of IN lists, a join condition in ON or WHERE, 20 against 20.0. Absence count
 has no wrong join, but earns nothing. Not equivalence: two ways to write one query may differ in every item.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 
 from rewards.sandbox.sqlite import DatabaseUnavailable, file_stamp
@@ -45,7 +46,8 @@ def structure_match_if_wrong(completion: str, *, sql: str, database: str) -> Sco
     executed = execution_match(completion, sql=sql, database=database)
     if executed.failed or executed.value == 1.0:
         return Score(FAILED if executed.failed else None, executed.reason, executed.detail)
-    return structure_match(completion, sql=sql, database=database)
+    score = structure_match(completion, sql=sql, database=database)
+    return replace(score, repeatable=executed.repeatable)
 
 
 @lru_cache(maxsize=8192)

@@ -1,7 +1,11 @@
 import subprocess
 import sys
 
-from rewards.score import FAILED, BrokenRow, Score, batched, per_group
+import pytest
+
+from rewards.sandbox.sqlite import QueryError
+from rewards.score import FAILED, BrokenRow, Score, batched, per_group, reads, volatile
+from rewards.sql import executes, execution, execution_match
 
 
 def test_only_a_failed_check_is_failed():
@@ -12,8 +16,32 @@ def test_only_a_failed_check_is_failed():
 def test_marks_and_broken_row_are_readable_without_importing_this_module():
     assert per_group(lambda completions: []).scope == "group"
     assert batched(lambda completions: []).scope == "batch"
+    assert volatile(lambda completion: 0.0).volatile is True
+    assert reads(lambda columns: [columns["folder"]])(lambda completion, *, folder: 0.0).reads({"folder": "f"}) == ["f"]
     assert BrokenRow.broken_row
     assert issubclass(BrokenRow, ValueError)
+
+
+@pytest.mark.parametrize("by_clock", [True, False])
+def test_a_query_that_the_clock_stopped_is_not_repeatable(tmp_path, monkeypatch, by_clock):
+    def stopped(path, sql):
+        if "slow" in sql:
+            raise QueryError("timeout_in_query", "stopped", by_clock=by_clock)
+        return execute(path, sql)
+
+    execute = execution.execute
+    monkeypatch.setattr(execution, "execute", stopped)
+    database = str(tmp_path / "empty.sqlite")
+    open(database, "w").close()
+    for score in (
+        executes("SELECT 'slow'", database=database),
+        execution_match("SELECT 'slow'", sql="SELECT 1", database=database),
+    ):
+        assert score == Score(0.0, "timeout_in_query", "stopped", repeatable=not by_clock)
+    assert executes("SELECT 1", database=database).repeatable
+    if by_clock:  # the judge of the row was too slow: nobody's fault
+        score = execution_match("SELECT 1", sql="SELECT 'slow'", database=database)
+        assert (score.failed, score.reason, score.repeatable) == (True, "gold_timeout", False)
 
 
 def test_rewards_import_without_torch_numpy_or_sqlglot():

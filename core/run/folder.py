@@ -2,7 +2,8 @@
 
     config.yaml         resolved configuration, no secrets     metrics.jsonl   one JSON object per log, with `step`
     rollouts.parquet/   step-000012.parquet, ...; one dataset  checkpoints/    checkpoint-12/, ...
-    model/ samples/ eval.json report.html summary.json         .lock           owner's pid; marks a run folder
+    model/ samples/ eval.json report.html summary.json         seconds.json    of each part, over all processes
+    before.json report.json    kept evaluation and figures     .lock           owner's pid; marks a run folder
 
 `RunFolder(path)` looks; `RunFolder.open(path, config)` owns: it creates or resumes, and holds the lock until closed.
 Every file is complete or absent: written beside its place, flushed to disk, then renamed over it. Only metrics.jsonl is

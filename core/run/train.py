@@ -105,6 +105,7 @@ def _run(
         if not ranks.is_main():
             return {}
         summary = summarise(setup, data, folder, before, after, judge, task)
+    summary["ranks"] = setup.processes
     summary["seconds"] = {**clock.seconds, "warmup_made": warm["seconds"]}
     summary["update_size"] = warm["distance"](trained) if config.launch.strategy == "ddp" else None
     target = export_model(folder.path, trained, tokenizer, app, config, data.test[0]["prompt"], weights)

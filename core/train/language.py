@@ -82,6 +82,7 @@ def arguments(config: Config, batch: Batch, recipe: Recipe, output: Path) -> GRP
         "save_total_limit": 2,
         "report_to": "none",
         "disable_tqdm": True,
+        "log_level_replica": "error",
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": False,
         **_spread(config.launch),

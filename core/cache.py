@@ -5,6 +5,7 @@ and columns, and the state of every file that a text column names or that the re
 rewards/score.py). Kept are only verdicts of calls that would be judged alike again: not what could not be judged, not
 the zeros for a lost worker, not a Score with repeatable=False, no `volatile`, batched or async reward.
 Not covered: what a reward reads beside this (environment, network, files inside dicts) and imports by computed names;
+code edited while a scorer is in use (a worker that replaces a lost one imports what is on disk by then);
 two changes of a file within one tick of its clock (some milliseconds) that leave its size.
 """
 
@@ -52,12 +53,15 @@ class Cache:
 
 
 class Stamps(dict):
-    """path -> (mtime in ns, size, inode), None where no file is; each path is looked at once."""
+    """path -> (mtime and ctime in ns, size, inode), None where no file is; each path is looked at once.
 
-    def __missing__(self, path: str) -> tuple[int, int, int] | None:
+    ctime: `cp -p` of another version out of a reproducible archive leaves the other three; nobody can set it back.
+    """
+
+    def __missing__(self, path: str) -> tuple[int, ...] | None:
         try:
             stat = os.stat(path)
-            self[path] = stat.st_mtime_ns, stat.st_size, stat.st_ino
+            self[path] = stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
         except (OSError, ValueError):
             self[path] = None
         return self[path]

@@ -6,7 +6,7 @@ in time, is "could not judge". The loop lives on from batch to batch, so that a 
 
 A coroutine that blocks the loop, or goes on when it is cancelled, cannot be ended. When no call has ended for
 timeout_s + GRACE_S, or the batch has taken longer than calls that each use up their time can, the calls left fail, the
-thread is abandoned (a daemon: the process can end) and the next batch gets another.
+thread is abandoned (a daemon: the process can end) and the next batch gets another, until MAX_ABANDONED are alive.
 Not covered: a call that holds Python's lock (it stops the whole process), memory, threads that a reward starts.
 """
 
@@ -27,6 +27,7 @@ from core import worker
 from core.pool import Call, Limits, WorkerError
 
 GRACE_S = 1.0  # for a call to end when it is cancelled, and for the loop to get round to it
+MAX_ABANDONED = 16  # threads that are left behind and still alive; each holds three files
 
 
 class _Loop:
@@ -34,12 +35,14 @@ class _Loop:
 
     def __init__(self):
         self.answers: queue.SimpleQueue = queue.SimpleQueue()
-        self.loop, self._stopped = asyncio.new_event_loop(), asyncio.Event()
+        self._stopped, self.loop = asyncio.Event(), None
         self.thread = threading.Thread(target=self._serve, name="async rewards", daemon=True)
         try:
+            self.loop = asyncio.new_event_loop()
             self.thread.start()
-        except RuntimeError as error:
-            self.loop.close()
+        except (OSError, RuntimeError) as error:
+            if self.loop is not None:
+                self.loop.close()
             raise WorkerError(f"the thread for async rewards does not start: {error}") from error
 
     def _serve(self) -> None:
@@ -61,17 +64,24 @@ class Coroutines:
     def __init__(self, limits: Limits):
         self._limits = limits
         self._loop: _Loop | None = None
+        self._abandoned: list[threading.Thread] = []
         self._batch: Future | None = None  # held, for a loop has only weak references to its tasks
         self._left: set[Call] = set()
         self._deadline = 0.0
 
     def start(self, calls: Sequence[tuple[Callable, Call]]) -> None:
-        """Begins calls, each with its reward. Raises WorkerError if no thread can be started."""
+        """Begins calls, each with its reward. Raises WorkerError if no thread can be started, or too many do not end."""
         if not calls:
             return
         if self._loop is not None and not self._loop.thread.is_alive():  # ended by what an earlier call left running
             self.close()
         if self._loop is None:
+            self._abandoned = [thread for thread in self._abandoned if thread.is_alive()]
+            if len(self._abandoned) > MAX_ABANDONED:
+                raise WorkerError(
+                    f"{len(self._abandoned)} threads of async rewards are held by calls that do not end; let such a "
+                    f"reward pass on asyncio.CancelledError, and wait with `await` (the limit is {MAX_ABANDONED})"
+                )
             self._loop = _Loop()
             atexit.register(self.close)
         rounds = math.ceil(len(calls) / self._limits.max_concurrent)
@@ -106,6 +116,7 @@ class Coroutines:
         for call in self._left:
             call.take(_no_answer(call, why), 0.0)
         self._loop.stop()
+        self._abandoned.append(self._loop.thread)
         self._loop, self._left = None, set()
 
     async def _run(self, calls: Sequence[tuple[Callable, Call]], answers: queue.SimpleQueue) -> None:

@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Stopped as stopped:
         if ranks.is_main():
             print("stopped; the same command goes on", file=sys.stderr)
-        return 0 if stopped.args[0] == signal.SIGTERM else 128 + stopped.args[0]
+        number, alone = stopped.args[0], ranks.count() > 1 and not stopped.together
+        return 0 if number == signal.SIGTERM and not alone else 128 + number
     except ranks.OtherRankFailed:
         return 2
     except (ValueError, OSError, WorkerError, RewardsFailing) as error:  # most are subclasses of ours of ValueError

@@ -192,13 +192,13 @@ class Pool:
                     self._send(one, self._queue.popleft())
             wait = min(one.deadline for one in self._workers) - time.monotonic()
             # What has arrived comes before what is late: an answer may have waited for this process.
-            for key, events in self._selector.select(max(0.0, wait)):
+            arrived, now = self._selector.select(max(0.0, wait)), time.monotonic()
+            for key, events in arrived:
                 one = key.data
                 if one in self._workers and events & selectors.EVENT_WRITE:
                     self._flush(one)
                 if one in self._workers and events & selectors.EVENT_READ:
                     self._receive(one)
-            now = time.monotonic()
             for one in [one for one in self._workers if one.deadline <= now]:
                 self._lose(one, late=True)
 

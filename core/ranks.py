@@ -8,6 +8,7 @@ All of them must come to every function below in the same order; the process gro
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -56,6 +57,18 @@ def main_first() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What the block raises on one rank ends it on all: the others raise OtherRankFailed, instead of waiting for that one."""
+    problem = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    if any_rank(problem is not None):
+        raise problem or OtherRankFailed("another rank failed")
+
+
 def _told(fine: bool) -> bool:
     """What the main rank says, on every rank."""
     import torch.distributed as dist
@@ -96,17 +109,28 @@ def share(length: int) -> list[int]:
 def launch(processes: int, arguments: Sequence[str]) -> int:
     """Run this program with `arguments` as so many ranks on this machine; returns the first bad exit status, or 0.
 
-    SIGTERM and SIGINT are handed on to the ranks, which end in their own time. A rank that fails ends the others.
+    SIGTERM and SIGINT are handed on to the ranks, which end in their own time; so is a terminal that hangs up, as SIGTERM.
+    A rank that fails ends the others (SIGTERM, after 30 s SIGKILL: one that waits for it in a collective hears nothing).
+    Raises Stopped for a signal that comes before the ranks are there.
     """
     import psutil
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from core.run.stopping import Stopped
+
+    asked = 0
+
     def hand_on(number: int, frame: Any) -> None:
-        for child in psutil.Process().children():
+        nonlocal asked
+        asked = signal.SIGTERM if number == signal.SIGHUP else number
+        children = psutil.Process().children()
+        if not children:
+            raise Stopped(asked)
+        for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
-                child.send_signal(number)
+                child.send_signal(asked)
 
     config = LaunchConfig(
         min_nodes=1,
@@ -120,12 +144,21 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         signals_to_handle="SIGQUIT",  # the agent's own answer to SIGTERM is to fail
         logs_specs=DefaultLogsSpecs(redirects=dict.fromkeys(range(1, processes), Std.OUT)),
     )
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        heard.append(signal.SIGHUP)
+    before = {number: signal.signal(number, hand_on) for number in heard}
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a rank, or we, say why it ended
     try:
         elastic_launch(config, sys.executable)("-P", "-m", "core.main", *arguments)
     except ChildFailedError as error:
-        status = error.get_first_failure()[1].exitcode
-        return status if status > 0 else 128 - status  # as a shell says that a signal ended it
+        rank, failure = error.get_first_failure()
+        status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode  # as a shell says it
+        if asked and status == 128 + asked:  # stopped on the spot, perhaps before it could listen
+            return 0 if asked == signal.SIGTERM else status
+        if failure.exitcode < 0:
+            print(f"error: {signal.Signals(-failure.exitcode).name} ended rank {rank}", file=sys.stderr)
+        return status
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

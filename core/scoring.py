@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from core import worker
-from core.cache import Cache, Stamps
+from core.cache import Cache, Stamps, code_version
 from core.coroutines import Coroutines
 from core.pool import Call, Limits, Pool
 from core.reward import Reward
@@ -276,6 +276,7 @@ def _in_process(reward: Reward, completions: Sequence[Any], rows: Sequence[Mappi
 TRL_KEYWORDS = ("completion_ids", "trainer_state", "log_metric", "environments")
 _pools: dict[Limits, Pool] = {}
 _caches: dict[float, Cache] = {}
+_code: dict[tuple[Limits, str, str], str | None] = {}  # what the workers of a pool may have imported under a name
 
 
 def as_trl(
@@ -288,11 +289,12 @@ def as_trl(
 ) -> Callable[..., list[float | None]]:
     """The reward with TRL's signature, (prompts, completions, **columns) -> list[float | None].
 
-    None where it does not apply or could not judge, so that TRL leaves it out. Completions are text or chat messages
+    None where it does not apply or could not judge. TRL leaves out a row that all its rewards give None; beside another
+    reward's number None adds 0, so there a check that could not judge is a zero. Completions are text or chat messages
     (the last one of the assistant counts); the prompt is the column `prompt`; reasons go to `log_extra`.
     group_size: TRL's num_generations, for a reward that looks at whole groups.
-    limits: fields of core.pool.Limits; rewards with equal limits share one pool, started at the first call, and rewards
-    with equal cache_mb one cache.
+    limits: fields of core.pool.Limits; rewards with equal limits share one pool, started at the first call (anew when a
+    reward comes again with other code), and rewards with equal cache_mb one cache.
     """
     limits = Limits(**limits)
     name = getattr(reward, "__name__", "reward")
@@ -301,6 +303,10 @@ def as_trl(
         "cache": _caches.setdefault(cache_mb, Cache(cache_mb)),
     }
     scorer = Scorer({name: reward}, max_failure_share=max_failure_share, **shared)
+    place, version = (limits, reward.__module__, reward.__qualname__), code_version(reward.__module__)
+    if _code.setdefault(place, version) != version:  # edited and reloaded, as in a notebook: workers hold the old code
+        _code[place] = version
+        shared["pool"].close()
     if getattr(reward, "scope", "completion") == "group" and group_size is None:
         raise ValueError(f"reward {name!r} looks at whole groups: as_trl needs group_size (TRL's num_generations)")
 

@@ -1,7 +1,8 @@
 """Evaluation of a language policy on held-out rows: the benchmark's own scorers on greedy and on sampled completions.
 
-The metrics run in the same kind of workers as the rewards, but they are other functions: a reward that is wrong does not
-grade itself. A row that could not be judged is NaN, is counted, and is left out of means and of paired comparisons.
+The metrics run in the same workers as the rewards. The headline metric is another function than the outcome (other
+metrics may be the rewards): a reward that is wrong does not grade itself. A row that could not be judged is NaN, is
+counted, and is left out of means and of paired comparisons.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from core.app import App, Row
 from core.cache import Cache
 from core.config import Config
 from core.policy.language import Sampling, complete
+from core.pool import Limits, Pool
 from core.run.statistics import bootstrap_mean, paired_bootstrap
 from core.scoring import Scorer
 
@@ -46,19 +48,20 @@ class Evaluation:
 
 
 class Judge:
-    """The app's metrics and rewards, each behind its pool of workers; a context manager."""
+    """The app's metrics and rewards behind one pool of workers and one cache, for they share functions; a context manager."""
 
     def __init__(self, app: App, config: Config, composite: dict[str, tuple[float, Any]]):
-        limits = {
-            "workers": max(1, config.rewards.workers // ranks.local_count()),
-            "timeout_s": config.rewards.timeout_s,
-            "memory_mb": config.rewards.memory_mb,
-            "max_failure_share": config.rewards.max_failure_share,
-            "max_concurrent": config.rewards.max_concurrent,
-            "cache": Cache(config.rewards.cache_mb),  # one for both: they share functions
-        }
-        self.metrics = Scorer(dict(app.metrics), **limits)
-        self.rewards = Scorer({name: reward for name, (_, reward) in composite.items()}, **limits)
+        settings = config.rewards
+        limits = Limits(
+            workers=max(1, settings.workers // ranks.local_count()),
+            timeout_s=settings.timeout_s,
+            memory_mb=settings.memory_mb,
+            max_concurrent=settings.max_concurrent,
+        )
+        shared = {"pool": Pool(limits), "cache": Cache(settings.cache_mb)}
+        shared["max_failure_share"] = settings.max_failure_share
+        self.metrics = Scorer(dict(app.metrics), **shared)
+        self.rewards = Scorer({name: reward for name, (_, reward) in composite.items()}, **shared)
         self.weights = [weight for weight, _ in composite.values()]
 
     def __enter__(self) -> Judge:
@@ -91,16 +94,17 @@ def evaluate(
 
     prompts = [row["prompt"] for row in rows]
     greedy = Sampling(config.rollout.max_completion_length, batch_size=config.evaluate.batch_size)
-    completions, truncated = complete(model, tokenizer, prompts, greedy)
-    scores, reasons = grade(judge, rows, completions)
     sampled: dict[str, np.ndarray] = {}
-    if samples:
-        drawn = [grade(judge, rows, draw)[0] for draw in draws(model, tokenizer, rows, config, samples)]
-        sampled = {name: np.mean([d[name] for d in drawn], axis=0) for name in scores}
     rewards: dict[str, np.ndarray] = {}
-    if with_rewards:
-        values = judge.rewards.score(completions, list(rows)).values
-        rewards = {name: values[:, k] for k, name in enumerate(judge.rewards.names)}
+    with ranks.together():
+        completions, truncated = complete(model, tokenizer, prompts, greedy)
+        scores, reasons = grade(judge, rows, completions)
+        if samples:
+            drawn = [grade(judge, rows, draw)[0] for draw in draws(model, tokenizer, rows, config, samples)]
+            sampled = {name: np.mean([d[name] for d in drawn], axis=0) for name in scores}
+        if with_rewards:
+            values = judge.rewards.score(completions, list(rows)).values
+            rewards = {name: values[:, k] for k, name in enumerate(judge.rewards.names)}
     arrays = ({name: np.array(whole(values)) for name, values in part.items()} for part in (scores, sampled, rewards))
     scores, sampled, rewards = arrays
     return Evaluation(whole(completions), whole(truncated), scores, whole(reasons), sampled, rewards)

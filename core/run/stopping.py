@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM or SIGINT ends a run where it can go on from, and the process with status 0.
+"""Being asked to stop, by SIGTERM, SIGINT or a terminal that hangs up: a run ends where it can go on from.
 
 During steps the signal is only noted: the trainer finishes the step, saves on all ranks together and ends. That takes one
 step (or the evaluation that is under way) and one save. Anywhere else there is nothing to finish, because every other
@@ -13,11 +13,18 @@ import signal
 from collections.abc import Iterator
 from typing import Any, Self
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(BaseException):
-    """The run was asked to stop, by the signal it holds; the same command goes on. No `except Exception` may eat it."""
+    """The run was asked to stop, by the signal it holds; the same command goes on. No `except Exception` may eat it.
+
+    together: after a save of all ranks. If not, this rank ended on the spot, and its exit status must end the others.
+    """
+
+    def __init__(self, number: int, together: bool = False):
+        super().__init__(number)
+        self.together = together
 
 
 class StopRequest:
@@ -27,7 +34,8 @@ class StopRequest:
         self.asked, self._stepping = 0, False
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        heard = (number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN)  # nohup
+        self._before = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -43,7 +51,7 @@ class StopRequest:
         finally:
             self._stepping = False
         if self.asked:
-            raise Stopped(self.asked)
+            raise Stopped(self.asked, together=True)
 
     def _handle(self, number: int, frame: Any) -> None:
         if not self._stepping or self.asked:

@@ -6,6 +6,7 @@ hash of what it depends on, the evaluation before training is kept, and GRPO con
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import math
@@ -74,6 +75,9 @@ def prepare(setup: Setup, progress: Progress) -> None:
         refuse_few_prompts(len(data.train), setup.batch)
         if setup.config.warmup.steps or setup.config.model.path == "tiny":
             start(setup.app, setup.config, data, judge, progress)
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()  # this process lives as long as the ranks, on the GPU of the first one
 
 
 def _run(
@@ -183,6 +187,13 @@ class Setup:
         names = [chosen] if isinstance(chosen, str) else list(chosen)
         for sentence in self.app.warnings(weights, self.app.outcome, names):
             progress.warn(sentence)
+        half, launch = self.config.model.dtype == "bfloat16", self.config.launch
+        if half and not self.config.model.lora_rank and launch.strategy == "ddp" and self.config.optim.lr < 1e-4:
+            progress.warn(
+                f"model.dtype=bfloat16 trains all weights in bfloat16, whose steps are 1/256 of a weight: at optim.lr="
+                f"{self.config.optim.lr:g} most updates round to nothing. Use model.dtype=float32, model.lora_rank=32, or "
+                f"launch.strategy=fsdp or deepspeed, which keep float32 weights"
+            )
         if self.config.run.control != "none":
             progress.warn(f"run.control={self.config.run.control}: this run is a control and must not learn")
 

@@ -35,7 +35,7 @@ from core.config import Batch, Config, ConfigError, Launch, convert
 from core.objective.group import Group
 from core.objective.recipes import Recipe
 from core.objective.rows import Counts, Metrics, Rows
-from core.scoring import Scorer, Scores
+from core.scoring import Scorer
 from core.train.health import Guard, finite_sampling
 
 # What a recipe may ask for in `needs`; anything else is refused at construction.
@@ -75,6 +75,7 @@ def arguments(config: Config, batch: Batch, recipe: Recipe, output: Path) -> GRP
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_vllm": config.launch.sampler != "hf",
+        "vllm_max_model_length": rollout.max_prompt_length + rollout.max_completion_length,
         "vllm_mode": "server" if config.launch.sampler == "vllm_server" else "colocate",
         "logging_steps": 1,
         "save_strategy": "steps",
@@ -175,6 +176,8 @@ class LanguageTrainer(GRPOTrainer):
             peft_config=peft_config,
         )
         self.reward_weights = self.weights  # TRL logs the weighted sum as `reward`
+        if self.use_vllm and peft_config is not None and config.launch.strategy == "ddp":
+            self.vllm_generation._iter_named_params = self._merged_weights
 
     @staticmethod
     def _keep_reference(model: PreTrainedModel, folder: Path) -> None:
@@ -184,12 +187,28 @@ class LanguageTrainer(GRPOTrainer):
                 model.save_pretrained(folder)
         model.config._name_or_path = str(folder)
 
+    def _merged_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What vLLM loads of a LoRA model, by vLLM's names. TRL merges in place and back, which wears bfloat16 weights off."""
+        model = self.accelerator.unwrap_model(self.model)
+        for name, param in model.named_parameters():
+            if model.prefix in name or "original_module" in name:
+                continue
+            merged, (layer, base, _) = param.data, name.rpartition(".base_layer.weight")
+            if base:
+                merged = (merged + model.get_submodule(layer).get_delta_weight("default")).to(param.dtype)
+            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            yield (
+                self.vllm_generation._fix_param_name_to_vllm(name, extra_prefixes=["modules_to_save.default."]),
+                merged,
+            )
+
     # -- credit: once per generation batch, on whole groups of all ranks ------------------------------------------------
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
         rows = [self.rows[example["row"]] for example in inputs]
-        scores = self._score(texts, rows)
+        with ranks.together():
+            scores = self.scorer.score(texts, rows, self.num_generations)
         for name, value in scores.metrics.items():
             self._metrics["train"][name].append(float(value))
         values = torch.tensor(scores.values, dtype=torch.float32, device=self.accelerator.device)
@@ -203,17 +222,6 @@ class LanguageTrainer(GRPOTrainer):
             "reasons": gather_object(scores.reasons),
         }
         return self._judged["rewards"]
-
-    def _score(self, texts: list[str], rows: list[Row]) -> Scores:
-        """The scorer's verdicts. What it raises on one rank ends every rank, instead of leaving them to wait for it."""
-        scores, problem = None, None
-        try:
-            scores = self.scorer.score(texts, rows, self.num_generations)
-        except Exception as error:
-            problem = error
-        if ranks.any_rank(problem is not None):
-            raise problem or ranks.OtherRankFailed("another rank could not score its rollouts")
-        return scores
 
     def _generate_and_score_completions(self, inputs):
         with finite_sampling(f"step {self.state.global_step + 1}"):
@@ -432,15 +440,25 @@ class LanguageTrainer(GRPOTrainer):
         half_used = self._step % (self.args.steps_per_generation * self.num_iterations)
         state = {"step": self._step, "ranks": ranks.count(), "batch": self._buffered_inputs if half_used else None}
         torch.save(state, self._generation_file(output_dir))
+        self.accelerator.wait_for_everyone()  # trainer_state.json, which says that a checkpoint is whole, comes next
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # a rank that is asked to stop ends now, and its end may end the main one
 
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
         path = self._generation_file(checkpoint)
         state = torch.load(path, map_location=self.accelerator.device, weights_only=True) if path.exists() else {}
-        if state.get("ranks") != ranks.count():
+        written = ranks.gather([state.get("ranks", 0)])
+        if max(written) != ranks.count():
             raise ConfigError(
-                f"{checkpoint} was written by {state.get('ranks', 'fewer')} ranks and this run has {ranks.count()}; a run goes "
-                f"on with as many as it began with (GPUS=), or starts again under another name (RUN=)"
+                f"{checkpoint} was written by {max(written) or 'other'} ranks and this run has {ranks.count()}; a "
+                f"run goes on with as many as it began with (GPUS=), or starts again under another name (RUN=)"
+            )
+        if 0 in written:
+            raise ConfigError(
+                f"{checkpoint} lacks the state of rank {written.index(0)}; delete it to go on from the one before"
             )
         self._step, self._buffered_inputs = state["step"], state["batch"]
 

@@ -79,6 +79,7 @@ def imitate(
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # GPUS=n: one process makes the start, and sees the GPUs of all ranks
 
     class Report(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):

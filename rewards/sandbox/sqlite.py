@@ -99,12 +99,12 @@ def read_schema(database: str) -> dict[str, dict[str, str]]:
 
 
 def file_stamp(database: str) -> tuple:
-    """(path, mtime in ns, size, inode): equal stamps mean an unchanged file. Raises DatabaseUnavailable."""
+    """(path, mtime and ctime in ns, size, inode): equal stamps mean an unchanged file. Raises DatabaseUnavailable."""
     try:
         stat = os.stat(database)
     except (OSError, ValueError) as error:
         raise DatabaseUnavailable(f"{database}: {error}") from error
-    return database, stat.st_mtime_ns, stat.st_size, stat.st_ino
+    return database, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
 
 
 # --- what a statement may be ------------------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 Reasons: match, wrong_rows, wrong_order, wrong_columns, no_sql, or the sandbox's code for a query that did not run.
 What "the same" means is in compare.py, what order means in ties.py. Two empty results are the same; an error is not a
-result. Gold that does not run raises BrokenRow; gold stopped by the wall clock, and a file that cannot be opened, judge
-nobody (FAILED). Gold and prediction have the same budget. Results are cached per (file stamp, text), bounded in bytes:
-a group asks for its gold G times and repeats itself late in training. What the clock stopped is not cached.
+result. Gold that does not run raises BrokenRow; gold (or the query for its ties) stopped by the wall clock, and a file
+that cannot be opened, judge nobody (FAILED). Gold and prediction have the same budget. Results are cached per (file
+stamp, text), bounded in bytes: a group asks for its gold G times and repeats itself late in training. What the
+clock stopped is not cached.
 """
 
 from collections import OrderedDict
@@ -103,9 +104,11 @@ def execution_match(completion: str, *, sql: str, database: str) -> Score:
     ours, theirs = aligned(found.rows, gold.rows)
     if not same_rows(ours, theirs):
         return Score(0.0, "wrong_rows", f"{len(ours)} rows, gold has {len(theirs)}")
-    if ours != theirs and orders_rows(sql) and not same_order(ours, theirs, _tie_blocks(database, sql, gold)):
-        return Score(0.0, "wrong_order")
-    return Score(1.0, "match")
+    try:
+        right = ours == theirs or not orders_rows(sql) or same_order(ours, theirs, _tie_blocks(database, sql, gold))
+    except QueryError as error:
+        return Score(FAILED, "gold_timeout", error.detail, repeatable=False)
+    return Score(1.0, "match") if right else Score(0.0, "wrong_order")
 
 
 def executes(completion: str, *, database: str) -> Score:

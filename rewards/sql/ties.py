@@ -26,14 +26,19 @@ def orders_rows(sql: str) -> bool:
 
 
 def tie_blocks(database: str, sql: str, gold: Result) -> list[int]:
-    """Lengths of the runs of gold rows that tie, in order; a run of one for every row where they cannot be known."""
+    """Lengths of the runs of gold rows that tie, in order; a run of one for every row where they cannot be known.
+
+    Raises QueryError if the wall clock stopped the query that would say so: another time they may be known.
+    """
     strict = [1] * len(gold.rows)
     query = rank_query(sql, gold.columns)
     if query is None:
         return strict
     try:
         ranked = execute(database, query).rows
-    except QueryError:
+    except QueryError as error:
+        if error.by_clock:
+            raise
         return strict
     blocks = [len(list(run)) for _, run in groupby(row[-1] for row in ranked)]
     return blocks if same_order([row[:-1] for row in ranked], gold.rows, blocks) else strict

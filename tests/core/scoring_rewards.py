@@ -30,6 +30,11 @@ def slow_too(completion, *, delay):
     return slow_first(completion, delay=delay)
 
 
+def exits_halfway(completion, *, delay):
+    time.sleep(delay / 2)
+    os._exit(1)
+
+
 def kind(completion):
     """Returns, raises or does what the completion names."""
     return {

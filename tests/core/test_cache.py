@@ -208,7 +208,12 @@ def test_a_file_that_a_column_names_is_read_again_when_it_changed(workers, tmp_p
     os.utime(tmp_path / "other", ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
     os.replace(tmp_path / "other", file)  # as long and as old as before
     assert value() == (ord("c"), 0)
-    assert value() == (ord("c"), 1)
+    before = file.stat()
+    time.sleep(0.02)  # a tick of the file system's clock
+    file.write_bytes(b"d")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as `cp -p` does: as long, as old, the same inode
+    assert value() == (ord("d"), 0)
+    assert value() == (ord("d"), 1)
 
 
 def test_other_files_are_watched_if_the_reward_names_them(workers, tmp_path):
@@ -373,3 +378,15 @@ def test_rewards_for_trl_share_a_cache(tmp_path):
         assert calls(tmp_path) == 2
     as_trl(rewards.counted, workers=1, cache_mb=0)(prompts=["p"], completions=["a"], notes=[[str(tmp_path)]])
     assert calls(tmp_path) == 3
+
+
+def test_a_reward_for_trl_that_was_edited_and_reloaded_is_not_judged_by_workers_with_the_old_code(package, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    values = []
+    for edit in (None, None, ("judged/reward.py", "base()", "10 * base()")):
+        module = importlib.import_module("judged.reward")
+        if edit:
+            package(*edit)
+            module = importlib.reload(module)
+        values += as_trl(module.reward, workers=1, memory_mb=999)(prompts=["p"], completions=["a"])
+    assert values == [3.0, 3.0, 12.0]

@@ -131,6 +131,18 @@ def test_a_coroutine_that_goes_on_when_it_is_cancelled_fails_alone(scorer_of):
     assert not scorer.score(["a"], [{}]).failed.any()
 
 
+def test_threads_that_do_not_end_are_counted_and_end_the_run(scorer_of, monkeypatch):
+    monkeypatch.setattr(coroutines, "MAX_ABANDONED", 1)
+    scorer = scorer_of(x=rewards.blocks)
+    rows = [{"seconds": [2.0]}] * 2
+    for _ in range(2):
+        assert scorer.score(["a", "block"], rows).failed.tolist() == [False, True]
+    with pytest.raises(pool.WorkerError, match=r"2 threads of async rewards are held .* limit is 1"):
+        scorer.score(["a", "b"], rows)
+    time.sleep(1.0)  # the first one's time is over by now
+    assert not scorer.score(["a", "b"], rows).failed.any()
+
+
 def test_a_call_that_ends_the_loop_fails_what_is_left_and_the_next_batch_gets_another(scorer_of):
     scorer = scorer_of(x=rewards.ends_the_loop)
     start = time.monotonic()

@@ -184,6 +184,16 @@ def test_a_stopped_idle_worker_delays_nothing_but_its_own_call(monkeypatch):
         assert scores.reasons == [{}]
 
 
+def test_an_answer_that_waits_while_another_worker_is_ended_is_not_late(monkeypatch):
+    kill = pool._Worker.kill
+    together = {"x": rewards.exits_halfway, "y": rewards.slow_first}
+    with Scorer(together, workers=2, timeout_s=TIMEOUT_S) as scorer, monkeypatch.context() as patch:
+        patch.setattr(pool._Worker, "kill", lambda one: (kill(one), time.sleep(TIMEOUT_S + 0.2))[0])
+        scores = scorer.score(["a"], [{"delay": 0.6}])
+    assert scores.values.tolist() == [[0.0, 0.6]]
+    assert scores.reasons == [{"x": "killed_worker"}]
+
+
 @pytest.mark.parametrize("doing", ["hang", "idle"])
 def test_a_worker_outlives_a_killed_parent_by_less_than_one_call(doing):
     script = (

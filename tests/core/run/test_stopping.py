@@ -100,6 +100,7 @@ def test_it_ends_within_one_step_and_one_save(home):
     [
         ("core.run.train:full_evaluation", signal.SIGTERM, 0),  # nothing to finish: it ends on the spot
         ("core.run.train:full_evaluation", signal.SIGINT, 130),
+        ("core.run.train:full_evaluation", signal.SIGHUP, 129),
         ("trl:SFTTrainer.training_step", signal.SIGTERM, 0),
     ],
 )
@@ -144,13 +145,16 @@ SMALL = (
 )
 
 
-def start(home, run):
-    arguments = ["train", "--app", "text_to_sql", "--run", run, "--gpus", "2", "--set", SMALL]
+def start(home, run, inject="", more=""):
+    """A run of two ranks. inject: Python that each rank runs before anything else."""
+    (home / run).mkdir(exist_ok=True)
+    (home / run / "sitecustomize.py").write_text(inject)
+    arguments = ["train", "--app", "text_to_sql", "--run", run, "--gpus", "2", "--set", f"{SMALL} {more}"]
     root = str(Path(__file__).resolve().parents[3])
     said = (home / f"{run}.txt").open("a")
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "core.main", *arguments],
-        cwd=home, env={**os.environ, "PYTHONPATH": root}, stdout=said, stderr=said,
+        cwd=home, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(home / run), root])}, stdout=said, stderr=said,
     )  # fmt: skip
 
 
@@ -185,3 +189,93 @@ def test_two_ranks_stop_together_whoever_is_asked_and_go_on_to_the_same_bits(tmp
             again = start(tmp_path, run)
         assert again.wait(300) == 0, (tmp_path / f"{run}.txt").read_text()
         assert weights(tmp_path, run) == weights(tmp_path, "whole")
+
+
+DIES_SAVING = """
+import os, signal
+if os.environ.get("RANK") == "1":
+    import torch
+    save = torch.save
+    def dying(value, path, *more, **options):
+        if str(path).endswith("checkpoint-10/generation_1.pt"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(value, path, *more, **options)
+    torch.save = dying
+"""
+FAILS_IN_EVALUATION = """
+import os
+if os.environ.get("RANK") == "1":
+    import core.run.evaluate as evaluate
+    from core.scoring import RewardsFailing
+    def grade(*_):
+        raise RewardsFailing("7 of the last 16 rows could not be scored")
+    evaluate.grade = grade
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_while_saving_leaves_no_checkpoint_that_lacks_its_part(tmp_path):
+    whole, cut = start(tmp_path, "whole"), start(tmp_path, "cut", DIES_SAVING)
+    assert cut.wait(300) == 128 + signal.SIGKILL
+    assert "error: SIGKILL ended rank 1" in (tmp_path / "cut.txt").read_text()
+    again = start(tmp_path, "cut")
+    assert again.wait(300) == 0
+    assert "resuming after step 5" in (tmp_path / "cut.txt").read_text()
+    assert whole.wait(300) == 0
+    assert weights(tmp_path, "cut") == weights(tmp_path, "whole")
+
+
+@pytest.mark.slow
+def test_what_one_rank_alone_meets_ends_all_in_its_one_sentence(tmp_path):
+    process = start(tmp_path, "run", FAILS_IN_EVALUATION)
+    assert process.wait(120) == 2
+    said = (tmp_path / "run.txt").read_text()
+    assert said.splitlines()[-1] == "error: 7 of the last 16 rows could not be scored"
+    assert "Traceback" not in said
+
+
+# accelerate takes FSDP only where there are GPUs; told to all the same, it and torch run it over gloo.
+FSDP_ON_CPUS = """
+import os
+if "RANK" in os.environ:
+    import accelerate.state as state
+    from accelerate.utils import DistributedType
+    import core.run.train as train
+    train.refuse_ranks = lambda *_: None
+    init = state.AcceleratorState.__init__
+    def with_fsdp(self, *given, fsdp_plugin=None, **options):
+        init(self, *given, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            kind = DistributedType.FSDP
+            self._shared_state |= {"fsdp_plugin": fsdp_plugin, "distributed_type": kind, "device_mesh": None}
+            state.PartialState._shared_state["distributed_type"] = kind
+    state.AcceleratorState.__init__ = with_fsdp
+    from torch.distributed.fsdp import FSDPModule
+    import core.train.language as language
+    loss = language.LanguageTrainer._compute_loss
+    def checked(self, model, inputs):
+        assert isinstance(model, FSDPModule), type(model)
+        return loss(self, model, inputs)
+    language.LanguageTrainer._compute_loss = checked
+else:
+    import core.run.train as train
+    train.refuse_ranks = lambda *_: None
+"""
+
+
+@pytest.mark.slow
+def test_weights_spread_over_two_ranks_train_stop_and_go_on_as_whole_ones_do(tmp_path):
+    from safetensors.torch import load_file
+
+    ddp = start(tmp_path, "ddp")
+    assert ddp.wait(300) == 0
+    fsdp = start(tmp_path, "fsdp", FSDP_ON_CPUS, "launch.strategy=fsdp")
+    wait_for_step(tmp_path, "fsdp", 7, fsdp)
+    fsdp.terminate()
+    assert fsdp.wait(60) == 0
+    again = start(tmp_path, "fsdp", FSDP_ON_CPUS, "launch.strategy=fsdp")
+    assert again.wait(300) == 0, (tmp_path / "fsdp.txt").read_text()
+    assert "resuming after step" in (tmp_path / "fsdp.txt").read_text()
+    models = [load_file(tmp_path / "runs/text_to_sql" / run / "model" / "model.safetensors") for run in ("ddp", "fsdp")]
+    for name, weight in models[0].items():
+        assert (models[1][name] - weight).abs().max() < 1e-5

@@ -7,14 +7,18 @@ import ast
 import inspect
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer
 from trl import GRPOConfig, GRPOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 
 sys.path.insert(0, str(Path(__file__).parent))  # workers get the parent's sys.path
 
@@ -172,6 +176,32 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(ours):
     assert not same(first, other)
 
 
+# -- what vLLM is given
+
+
+def test_merged_lora_weights_have_trl_s_names_and_bits_and_leave_the_base_as_it_was():
+    """TRL merges in place and takes the product off again, which in bfloat16 does not give the same weights back."""
+    adapted = get_peft_model(
+        model().bfloat16(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    sampler = VLLMGeneration.__new__(VLLMGeneration)
+    sampler.model = adapted
+    sampler._dist = SimpleNamespace(is_fsdp=False, gather_params=lambda _: nullcontext())
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(unwrap_model=lambda model: model), model=adapted, vllm_generation=sampler
+    )
+    before = {name: weight.clone() for name, weight in adapted.named_parameters()}
+    ours = [(name, weight.clone()) for name, weight in LanguageTrainer._merged_weights(trainer)]
+    assert all(torch.equal(before[name], weight) for name, weight in adapted.named_parameters())
+    theirs = [(name, weight.clone()) for name, weight in sampler._iter_named_params()]
+    assert [name for name, _ in ours] == [name for name, _ in theirs]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(ours, theirs, strict=True))
+    assert not all(torch.equal(before[name], weight) for name, weight in adapted.named_parameters())
+
+
 # -- what is refused, in words
 
 
@@ -210,6 +240,7 @@ OVERRIDDEN = {  # method -> the parameters it is called with
     "_get_train_sampler": ("self", "dataset"),
     "_save_rng_state": ("self", "output_dir"),
     "_load_rng_state": ("self", "checkpoint"),
+    "_save_checkpoint": ("self", "model", "trial"),
     "_get_grad_norm": ("self", "model", "grad_norm"),
     "log": ("self", "logs", "start_time"),
 }
@@ -228,7 +259,7 @@ ATTRIBUTES = (  # read or written: self.<name> of the trainer
     "accelerator", "args", "aux_loss_enabled", "current_gradient_accumulation_steps", "entropy_coef",
     "max_completion_length", "model", "num_generations", "num_iterations", "off_policy_mask_threshold",
     "processing_class", "reward_weights",
-    "router_aux_loss_coef", "state", "top_entropy_quantile", "use_adaptive_entropy", "use_vllm",
+    "router_aux_loss_coef", "state", "top_entropy_quantile", "use_adaptive_entropy", "use_vllm", "vllm_generation",
     "vllm_importance_sampling_correction",
 )  # fmt: skip
 ARGUMENTS = (

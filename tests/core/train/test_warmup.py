@@ -7,6 +7,7 @@ import torch
 
 from core.policy.language import Sampling, complete
 from core.policy.tiny import build_model, build_tokenizer
+from core.train import warmup
 from core.train.warmup import cache_key, imitate, quiet
 
 PROMPTS = ["red ->", "green ->", "blue ->", "old ->"] * 4
@@ -30,6 +31,19 @@ def test_demonstrations_are_imitated_to_the_end_token(tmp_path):
     assert complete(made, TOKENIZER, PROMPTS[:4], Sampling(12)) == (ANSWERS[:4], [False] * 4)
     assert logs[-1][0] == 60
     assert logs[-1][1] < 0.1 * logs[0][1]
+
+
+def test_one_process_may_make_it_though_it_sees_several_gpus(tmp_path, monkeypatch):
+    """GPUS=n: the launcher makes the warm start, and TRL refuses a trainer that sees more than one GPU."""
+
+    class TwoGpus(warmup.SFTConfig):
+        def __post_init__(self):
+            super().__post_init__()
+            assert self.n_gpu <= 1  # sets it
+            self._n_gpu = 2
+
+    monkeypatch.setattr(warmup, "SFTConfig", TwoGpus)
+    started(tmp_path, 1)
 
 
 def test_chat_prompts_work_too(tmp_path):

@@ -1,9 +1,10 @@
 import sqlite3
+from collections import OrderedDict
 
 import pytest
 
-from rewards.sandbox.sqlite import execute
-from rewards.sql import execution_match, ties
+from rewards.sandbox.sqlite import QueryError, execute
+from rewards.sql import execution, execution_match, ties
 from rewards.sql.ties import orders_rows, tie_blocks
 
 
@@ -81,3 +82,20 @@ def test_gold_that_the_parser_cannot_read_is_judged_by_its_tokens():
     deep = "SELECT " + "(" * 60 + "1" + ")" * 60
     assert orders_rows(f"{deep} ORDER BY 1")
     assert not orders_rows(f"{deep} FROM (SELECT 1 ORDER BY 1)")
+
+
+def test_ties_that_the_clock_hid_judge_nobody_and_are_asked_for_again(database, monkeypatch):
+    gold = "SELECT name, age FROM singer ORDER BY age"
+    rows = execute(database, gold).rows
+    turned = gold + ", id DESC"
+    assert execute(database, turned).rows != rows
+
+    def slow(path, query):
+        raise QueryError("timeout_in_query", "stopped after 3.0 s", by_clock=True)
+
+    monkeypatch.setattr(execution, "_BLOCKS", OrderedDict())
+    with monkeypatch.context() as patch:
+        patch.setattr(ties, "execute", slow)
+        score = execution.execution_match(turned, sql=gold, database=database)
+        assert (score.failed, score.reason, score.repeatable) == (True, "gold_timeout", False)
+    assert execution.execution_match(turned, sql=gold, database=database).reason == "match"

@@ -55,5 +55,5 @@ def test_quick_writes_a_well_formed_file(tmp_path):
     names = [case["case"] for case in cases]
     for words in ("no caches: early", "no caches: late", "equal calls made again", "fork for every pair", "known rate"):
         assert any(words in name for name in names), words
-    assert sum("test-suite style: 14 databases" in name for name in names) == 6
+    assert sum("test-suite style: 14 databases" in name for name in names) == 8
     assert "ours / baseline" in done.stdout

@@ -108,7 +108,7 @@ class Evaluate:
 @dataclass(frozen=True)
 class Run:
     seed: int = 0
-    threads: int = 1  # torch threads; two on a busy two-core machine are 20-45 times slower
+    threads: int = 1  # torch threads; two on a machine whose two cores are busy are many times slower
     save_every: int = 50
     force_cpu: bool = False
     needs_gpu: bool = False

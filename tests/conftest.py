@@ -1,4 +1,4 @@
-"""Settings every test shares: no network, one torch thread (two threads on two busy cores are 20-45 times slower)."""
+"""Settings every test shares: no network, one torch thread (two threads on two busy cores are many times slower)."""
 
 import os
 

@@ -12,6 +12,8 @@ from array import array
 from pathlib import Path
 from types import SimpleNamespace
 
+TIMEOUT_S = 1.0  # of a call, in the tests
+
 
 def same(completion, *, answer):
     return float(completion == answer)

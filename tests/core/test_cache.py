@@ -7,29 +7,14 @@ import sqlite3
 import sys
 import time
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # workers get the parent's sys.path
-
 import scoring_rewards as rewards
 
-from core import pool
 from core.cache import Cache, code_version
 from core.scoring import Scorer, as_trl
 from rewards import sql
-
-TIMEOUT_S = 1.0
-
-
-@pytest.fixture(scope="module")
-def workers():
-    """One pool for all tests that may share it."""
-    shared = pool.Pool(pool.Limits(workers=2, timeout_s=TIMEOUT_S, memory_mb=512))
-    yield shared
-    shared.close()
 
 
 @pytest.fixture

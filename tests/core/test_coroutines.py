@@ -1,16 +1,11 @@
 """core.coroutines: async rewards, what they can do to the event loop and to each other, with the exact outcome."""
 
 import math
-import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # workers get the parent's sys.path
-
 import scoring_rewards as rewards
 
 from core import coroutines, pool

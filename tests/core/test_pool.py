@@ -10,23 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # workers get the parent's sys.path
-
 import scoring_rewards as rewards
+from scoring_rewards import TIMEOUT_S
 
 from core import pool, worker
 from core.scoring import Scorer
-
-TIMEOUT_S = 1.0
-
-
-@pytest.fixture(scope="module")
-def workers():
-    """One pool for all tests that may share it."""
-    shared = pool.Pool(pool.Limits(workers=2, timeout_s=TIMEOUT_S, memory_mb=512))
-    yield shared
-    shared.close()
 
 
 def score(workers, reward, completions, columns=None, group_size=1):

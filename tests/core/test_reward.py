@@ -7,9 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # workers get the parent's sys.path
-
 import scoring_rewards as rewards
 
 from core.reward import Reward

@@ -2,28 +2,14 @@
 
 import math
 import os
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # workers get the parent's sys.path
-
 import scoring_rewards as rewards
+from scoring_rewards import TIMEOUT_S
 
 from core import pool, worker
 from core.scoring import MIN_ROWS, BrokenRowError, RewardsFailing, Scorer, as_trl
-
-TIMEOUT_S = 1.0
-
-
-@pytest.fixture(scope="module")
-def workers():
-    """One pool for all tests that may share it."""
-    shared = pool.Pool(pool.Limits(workers=2, timeout_s=TIMEOUT_S, memory_mb=512))
-    yield shared
-    shared.close()
 
 
 def score(workers, reward, completions, columns=None, group_size=1, **options):

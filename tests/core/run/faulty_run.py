@@ -77,6 +77,8 @@ def _main(home: Path, said: list[Path], arguments: list[str], events: tuple[Even
     gc.freeze()  # the trainer collects garbage: half a second for all that torch and trl are made of
     os.environ.pop("DEBUG", None)
     os.chdir(home)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore them (nohup, &)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for descriptor, path in enumerate(said, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
     import apps

@@ -35,8 +35,9 @@ from core.run.splits import Split, check_gold
 from core.run.start import start
 from core.run.stopping import StopRequest
 from core.run.summary import evaluation_json, final_table, samples, summarise
+from core.train.arguments import arguments, refuse_few_prompts
 from core.train.health import Health
-from core.train.language import LanguageTrainer, arguments, refuse_few_prompts
+from core.train.language import LanguageTrainer
 from core.train.warmup import quiet
 
 NAMES = {  # trl's and transformers' names of what is logged -> ours

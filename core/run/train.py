@@ -101,9 +101,7 @@ def _run(
             f"before: {setup.headline} {before.mean(setup.headline):.3f} greedy on {len(data.test)} held-out rows"
         )
         clock.mark("eval")
-        trained, weights = reinforce(
-            app, config, setup, data, rows, folder, judge, progress, stop, clock, model, tokenizer
-        )
+        trained, weights = reinforce(setup, data, rows, folder, judge, progress, stop, clock, model, tokenizer)
         clock.mark("rl")
         after = full_evaluation(trained, tokenizer, judge, data.test, config)
         clock.mark("eval")
@@ -251,8 +249,6 @@ def memory_estimate(config: Config) -> str:
 
 
 def reinforce(
-    app,
-    config: Config,
     setup: Setup,
     data: Split,
     rows: Sequence[Row],
@@ -268,9 +264,10 @@ def reinforce(
 
     Raises Stopped, after saving, if a signal came during the steps.
     """
+    config = setup.config
     set_seed(config.run.seed)
     progress.phase("GRPO", config.optim.steps)
-    follow = Follow(app, config, data, folder, judge, progress, stop, clock, tokenizer, setup)
+    follow = Follow(setup, data, folder, judge, progress, stop, clock, tokenizer)
     with quiet():
         trainer = LanguageTrainer(
             model=model,
@@ -278,7 +275,7 @@ def reinforce(
             rows=rows,
             scorer=judge.rewards,
             weights=judge.weights,
-            outcome=app.outcome,
+            outcome=setup.app.outcome,
             recipe=setup.recipe,
             config=config,
             batch=setup.batch,
@@ -354,9 +351,10 @@ def fitting(rows: Sequence[Row], tokenizer, rollout: Rollout, context: float, pr
 class Follow(TrainerCallback):
     """Writes the run's metrics, shows them, watches their health, and evaluates on the validation rows on schedule."""
 
-    def __init__(self, app, config, data, folder, judge, progress, stop, clock, tokenizer, setup):
-        self.app, self.config, self.data, self.folder, self.judge = app, config, data, folder, judge
-        self.progress, self.stop, self.clock, self.tokenizer, self.setup = progress, stop, clock, tokenizer, setup
+    def __init__(self, setup: Setup, data, folder, judge, progress, stop, clock, tokenizer):
+        self.setup, self.app, self.config = setup, setup.app, setup.config
+        self.data, self.folder, self.judge, self.progress = data, folder, judge, progress
+        self.stop, self.clock, self.tokenizer = stop, clock, tokenizer
         self.health = Health(
             metric=setup.headline, updates_per_batch=setup.batch.steps_per_batch * setup.batch.iterations
         )

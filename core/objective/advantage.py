@@ -1,4 +1,4 @@
-"""From rewards to advantages: components into one reward, reward minus baseline, divided by a scale.
+"""From rewards to advantages: reward minus baseline, divided by a scale; and which groups stay.
 
     z = (r - baseline) / (std + eps)        baseline and std over the G rollouts of a prompt, or over the whole batch
 
@@ -17,29 +17,9 @@ from torch import Tensor
 
 from core.objective.group import Group
 
-Baseline = Literal["mean", "leave_one_out", "batch", "none"]
+Baseline = Literal["mean", "leave_one_out", "log_mean_exp", "batch", "none"]
 Scale = Literal["group", "batch", "none"]
-Filter = Literal["none", "outcome"]
-
-
-def weighted_sum(rewards: Tensor, group: Group) -> Tensor:
-    """The plain total reward: the weighted sum of components, in which one that does not apply counts as 0.
-
-    rewards: (P, G, K) or (P, G, K, T). Returns (P, G) or (P, G, T); NaN where no component applies.
-    The weights are not renormalised over the components that apply.
-    Source: TRL 1.16, sum_then_normalize; read in its code.
-    """
-    return _total(rewards, group.weights, rewards.isnan())
-
-
-def decoupled_sum(rewards: Tensor, group: Group, *, ddof: Literal[0, 1] = 1, eps: float = 1e-4) -> Tensor:
-    """The weighted sum of components that were each centred and scaled within their group.
-
-    rewards: (P, G, K) or (P, G, K, T). Returns (P, G) or (P, G, T); NaN where no component applies. Keeps combinations
-    apart that have the same total, and erases each component's own scale: a wrong answer may outscore a right one.
-    Raises ValueError if G < 2. Source: arXiv 2601.05242; read in TRL 1.16's code (normalize_then_sum).
-    """
-    return _total(group_advantages(rewards, ddof=ddof, eps=eps), group.weights, rewards.isnan())
+Filter = Literal["none", "outcome", "all_right"]
 
 
 def group_advantages(
@@ -50,18 +30,21 @@ def group_advantages(
     scale: Scale = "group",
     ddof: Literal[0, 1] = 1,
     eps: float = 1e-4,
+    tau: float = 1.0,
 ) -> Tensor:
     """Rewards minus a baseline, divided by a standard deviation.
 
     reward: (P, G) or (P, G, ...); NaN = unscored, out of all statistics. group: not looked at, given to every slot.
-    baseline: mean of the group; mean of the *other* rollouts of the group; mean of the batch; none.
+    baseline: mean of the group; mean of the *other* rollouts of the group; tau * log(mean(exp(r / tau))) of the group,
+    which leans towards the best; mean of the batch; none.
     scale: standard deviation (divisor n - ddof) of the group or of the batch, plus eps; none.
     Returns the shape of `reward`, finite: 0 for unscored rollouts and, with a baseline of the group, for groups
     without spread and for a group's only scored rollout.
     Raises ValueError if G < 2 and a statistic of the group is asked for.
-    Source: arXiv 2402.03300 (mean, group), 2402.14740 (leave one out), 2503.20783 (no scale); read in TRL 1.16's code.
+    Source: arXiv 2402.03300 (mean, group), 2402.14740 (leave one out), 2503.20783 (no scale); read in TRL 1.16's code;
+    2509.24203 (log_mean_exp), read in the authors' code.
     """
-    within_group = baseline in ("mean", "leave_one_out")
+    within_group = baseline in ("mean", "leave_one_out", "log_mean_exp")
     if reward.shape[1] < 2 and (within_group or scale == "group"):
         raise ValueError(
             f"group_size={reward.shape[1]} has no group statistics (baseline={baseline}, scale={scale}); use 2 or more"
@@ -72,6 +55,10 @@ def group_advantages(
     elif baseline == "leave_one_out":
         scored = (~reward.isnan()).sum(dim=1, keepdim=True)
         centred = reward - (torch.nansum(reward, dim=1, keepdim=True) - reward) / (scored - 1)
+    elif baseline == "log_mean_exp":
+        scored = (~reward.isnan()).sum(dim=1, keepdim=True)
+        total = (reward / tau).masked_fill(reward.isnan(), -torch.inf).logsumexp(dim=1, keepdim=True)
+        centred = reward - tau * (total - scored.log())
     elif baseline == "batch":
         centred = reward - torch.nanmean(batch, dim=0)
     else:
@@ -85,19 +72,161 @@ def group_advantages(
     return torch.nan_to_num(centred, nan=0.0)
 
 
-def keep_groups(group: Group, *, filter: Filter = "none") -> Tensor:
-    """Which rollouts stay in the loss: all of them, or those of groups whose *outcome* has spread.
+def virtual_maximum(
+    reward: Tensor,
+    group: Group,
+    *,
+    highest: float | None = None,
+    virtual: int = 1,
+    ddof: Literal[0, 1] = 1,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Group advantages as if `virtual` more rollouts had reached the highest reward there can be.
 
-    Returns (P, 1) or (P, G) bool. The outcome decides alone, by exact equality: spread in other components does not
+    reward: (P, G) or (P, G, T), G >= 1; returns the shape. highest: None = the sum of the weights, which components in
+    [0, 1] cannot exceed. A group that is all wrong is pushed away, one at the highest gets exactly 0. Advantages do not
+    sum to 0: the virtual rollouts take the rest.
+    Raises ValueError for a reward above the highest. Source: arXiv 2509.18851; read in the authors' code, which leaves
+    the virtual rollout out at G = 1.
+    """
+    top = group.weights.clamp(min=0).sum().to(reward) if highest is None else reward.new_tensor(highest)
+    if (reward > top + 1e-6).any():
+        raise ValueError(f"reward {reward[reward > top].max():g} is above highest={top:g}; set objective.highest")
+    scored = (~reward.isnan()).sum(dim=1, keepdim=True)
+    count = scored + virtual
+    mean = (reward.nansum(dim=1, keepdim=True) + virtual * top) / count
+    squares = ((reward - mean) ** 2).nansum(dim=1, keepdim=True) + virtual * (top - mean) ** 2
+    z = (reward - mean) / (torch.sqrt(squares / (count - ddof)) + eps)
+    at_top = (reward >= top) | reward.isnan()
+    return torch.nan_to_num(z, nan=0.0).masked_fill(at_top.all(dim=1, keepdim=True), 0.0)
+
+
+def median_advantages(
+    reward: Tensor, group: Group, *, mad_floor: float | None = None, rebalance: bool = True, eps: float = 1e-3
+) -> tuple[Tensor, Tensor]:
+    """Rewards minus the group's median, divided by the median absolute deviation; and keep, which drops the median.
+
+    reward: (P, n), n odd: one rollout more than are trained on, so that the median is a rollout (the first one that has
+    it), which is dropped. Returns (P, n) and (P, n) bool.
+    mad_floor: least deviation to divide by; 0 is the released code. None = where it is 0, the group's standard deviation:
+    of right-or-wrong rewards it always is 0, and eps alone would make advantages of 1000.
+    rebalance: times n / (rollouts whose advantage is not 0).
+    Raises ValueError for even n and for rewards per decision, whose medians are different rollouts.
+    Source: arXiv 2601.22582; read in the authors' code. The fallback and the first of ties are ours.
+    """
+    if reward.dim() > 2:
+        raise ValueError("the median of a group is one rollout, so it needs one reward per rollout, not per decision")
+    if reward.shape[1] % 2 == 0:
+        raise ValueError(
+            f"{reward.shape[1]} rollouts have no median among them; one is sampled beside the group, so use an even group_size"
+        )
+    median = reward.nanmedian(dim=1, keepdim=True).values
+    scale = (reward - median).abs().nanmedian(dim=1, keepdim=True).values
+    if mad_floor is None:
+        scale = torch.where(scale > 0, scale, _nanstd(reward, 1, ddof=1))
+    else:
+        scale = scale.clamp(min=mad_floor)
+    advantage = torch.nan_to_num((reward - median) / (scale + eps), nan=0.0)
+    if rebalance:
+        active = (advantage.abs() > 1e-6).sum(dim=1, keepdim=True).clamp(min=1)
+        advantage = advantage * (~reward.isnan()).sum(dim=1, keepdim=True) / active
+    pivot = (reward == median).int().argmax(dim=1, keepdim=True)
+    return advantage, torch.ones_like(reward, dtype=torch.bool).scatter(1, pivot, False)
+
+
+def quantile_advantages(reward: Tensor, group: Group, *, resolution: float = 0.0) -> Tensor:
+    """The standard normal's quantiles at (rank - 1/2) / G; equal rewards share the mean of theirs.
+
+    reward: (P, G) or (P, G, T); returns the shape. Only the order matters: no outlier and no scale gets through, and a
+    difference of .001 counts as much as one of 1. resolution: rewards are rounded to multiples of it first; 0 = not.
+    Without ties the variance comes near 1 as G grows (.77 at G = 5); ties shrink it (.34 for one success in eight).
+    Source: arXiv 2604.08539; read in the text. The rounding is ours.
+    """
+    if resolution:
+        reward = torch.round(reward / resolution) * resolution
+    scored = ~reward.isnan()
+    count = scored.sum(dim=1, keepdim=True)
+    place = torch.arange(1, reward.shape[1] + 1, device=reward.device).view(1, -1, *[1] * (reward.dim() - 2))
+    share = (place - 0.5) / count.clamp(min=1)
+    quantiles = torch.special.ndtri(torch.where(place <= count, share, 0.5).to(reward.dtype))
+    upto = torch.cat([torch.zeros_like(quantiles[:, :1]), quantiles.cumsum(dim=1)], dim=1)
+    below = (reward.unsqueeze(1) < reward.unsqueeze(2)).sum(dim=2)
+    ties = (reward.unsqueeze(1) == reward.unsqueeze(2)).sum(dim=2)
+    mean = (upto.gather(1, below + ties) - upto.gather(1, below)) / ties.clamp(min=1)
+    return torch.where(no_spread(reward) | ~scored, 0.0, mean)
+
+
+def balanced_advantages(reward: Tensor, group: Group) -> Tensor:
+    """Rewards minus the mean, after negatives were dropped at random until they are no more than the positives.
+
+    reward: (P, G) or (P, G, T); returns the shape, 0 for dropped rollouts, which stay in the counts. Positive: not below
+    the group's mean; the mean is then taken again over what is left. Draws from group.seed.
+    Source: arXiv 2509.24203 (RED-Drop); read in the authors' code.
+    """
+    positive = reward >= torch.nanmean(reward, dim=1, keepdim=True)
+    negative = ~positive & ~reward.isnan()
+    draw = torch.rand(reward.shape, generator=torch.Generator().manual_seed(group.seed)).to(reward.device)
+    draw = draw.masked_fill(~negative, torch.inf)
+    order = draw.argsort(dim=1).argsort(dim=1)
+    kept = positive | (negative & (order < positive.sum(dim=1, keepdim=True)))
+    return group_advantages(torch.where(kept, reward, torch.nan), scale="none")
+
+
+def anchored_values(
+    reward: Tensor,
+    group: Group,
+    *,
+    gamma: float = 0.9,
+    anchor: float = 0.1,
+    anchored: int | None = None,
+    limit: float = 5.0,
+    ddof: Literal[0, 1] = 0,
+    eps: float = 0.0,
+) -> Tensor:
+    """Advantages of discounted sums of rewards to the end, decision by decision, plus a share of the sums themselves.
+
+        Q_j = sum over k >= j of gamma^(k - j) r_k        A_j = Q_j / mean(Q) * (Q_j - group mean) / group std + anchor * Q_j
+
+    reward: (P, G, T), not negative; returns the shape, in [-limit, limit]. Where a group has no spread only the second
+    term is left, an equal push on all of it, right or wrong: keep `anchor` small. anchored: how many decisions, from
+    the first, have that term; None = all.
+    Raises ValueError for one reward per rollout and for negative rewards, whose step weights mean nothing.
+    Source: arXiv 2512.12387 through third parties (structure); the exact mixture is ours.
+    """
+    if reward.dim() != 3:
+        raise ValueError(
+            "values along a trajectory need one reward per decision, (P, G, T), and this is one per rollout"
+        )
+    if (reward < 0).any():
+        raise ValueError(f"reward {reward[reward < 0].min():g} is negative; shift rewards to [0, 1]")
+    value, shift = torch.nan_to_num(reward, nan=0.0), 1
+    while shift < value.shape[2]:  # doubles: log2(T) passes
+        value = value + gamma**shift * torch.nn.functional.pad(value[:, :, shift:], (0, shift))
+        shift *= 2
+    mean = value.mean(dim=2, keepdim=True)
+    weight = torch.where(mean > 0, value / mean, 1.0)
+    value = value.masked_fill(reward.isnan(), torch.nan)
+    advantage = weight * group_advantages(value, ddof=ddof, eps=eps)
+    push = anchor * torch.nan_to_num(value, nan=0.0)
+    if anchored is not None:
+        push[:, :, anchored:] = 0.0
+    return (advantage + push).clamp(-limit, limit)
+
+
+def keep_groups(group: Group, *, filter: Filter = "none", success: float = 1.0) -> Tensor:
+    """Which rollouts stay in the loss: all; those of groups whose *outcome* has spread; all but groups that are all right.
+
+    Returns (P, 1) or (P, G) bool. all_right leaves groups out in which every scored rollout reached `success`.
+    The outcome decides alone, by exact equality: spread in other components does not
     save a group. A dropped row leaves the counts, so the step does not shrink (the effect of dynamic sampling in
     arXiv 2503.14476, read in its text, without sampling again).
-    Raises ValueError if filter is "outcome" and the group names no outcome.
+    Raises ValueError if there is a filter and the group names no outcome.
     """
     if filter == "none":
         return torch.ones_like(group.scored[:, :1])
-    if group.outcome is None:
-        raise ValueError("filter=outcome needs the index of the outcome component, and this group names none")
-    return ~_whole_group(no_spread(group.rewards[:, :, group.outcome]))
+    if filter == "all_right":
+        return ~(group.right(success) | ~group.scored).all(dim=1, keepdim=True)
+    return ~whole_group(no_spread(group.rewards[:, :, group.outcome_index]))
 
 
 def no_spread(reward: Tensor) -> Tensor:
@@ -111,28 +240,6 @@ def no_spread(reward: Tensor) -> Tensor:
     return high <= low
 
 
-def credit_metrics(group: Group, advantage: Tensor, keep: Tensor) -> dict[str, float]:
-    """The metrics of `Credit`: how much of the batch can teach. advantage: (P, G) or (P, G, T); keep: (P, G) bool."""
-    kept = advantage[keep]
-    if kept.dim() == 2 and group.mask is not None:
-        kept = kept[group.mask.view(*keep.shape, -1)[keep].bool()]
-    shares = {
-        "zero_spread": _whole_group(no_spread(weighted_sum(group.rewards, group))).float().mean(),
-        "unscored": 1 - group.scored.float().mean(),
-        "dropped": 1 - keep.float().mean(),
-        "advantage_std": kept.std(correction=0) if kept.numel() else kept.sum(),
-    }
-    if group.outcome is not None:
-        shares["zero_spread_outcome"] = _whole_group(no_spread(group.rewards[:, :, group.outcome])).float().mean()
-    return dict(zip(shares, torch.stack([value.float() for value in shares.values()]).tolist(), strict=True))
-
-
-def _total(values: Tensor, weights: Tensor, missing: Tensor) -> Tensor:
-    """(P, G, K, ...) -> (P, G, ...): weighted nansum over K; NaN where all K are missing."""
-    total = (values * weights.view(-1, *[1] * (values.dim() - 3))).nansum(dim=2)
-    return total.masked_fill(missing.all(dim=2), torch.nan)
-
-
 def _nanstd(values: Tensor, dim: int, ddof: int) -> Tensor:
     """Standard deviation that skips NaN, with divisor n - ddof, keepdim; NaN if n <= ddof. TRL's nanstd for ddof=1."""
     mean = torch.nanmean(values, dim=dim, keepdim=True)
@@ -142,6 +249,6 @@ def _nanstd(values: Tensor, dim: int, ddof: int) -> Tensor:
     return torch.sqrt(variance * correction)
 
 
-def _whole_group(flags: Tensor) -> Tensor:
+def whole_group(flags: Tensor) -> Tensor:
     """(P, 1) or (P, 1, T) bool -> (P, 1): true of every decision."""
     return flags if flags.dim() == 2 else flags.all(dim=2)

@@ -3,8 +3,9 @@
 Two moments. `credit` runs once per generation batch, on whole groups, without gradient:
 
     rewards (P, G, K) -> shape -> aggregate -> (P, G) -> advantage -> modulate -> (P, G) or (P, G, T), and keep
+    annotate: what the loss must know of whole groups, a row for each rollout
 
-`loss` runs per micro-batch, on rows: surrogate + regularize -> (B, T) -> reduce -> (sum, count).
+`loss` runs per micro-batch, on rows: surrogate + regularize + penalty -> (B, T) -> reduce -> (sum, count).
 
 A slot is a function of this package, or a `functools.partial` of one. Its keyword-only arguments *are* the recipe's
 options: their names, defaults and annotations are all that config keys, printing and checking need, so nothing is
@@ -16,7 +17,7 @@ from __future__ import annotations
 import inspect
 import math
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import partial
@@ -25,44 +26,61 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from core.objective.advantage import credit_metrics, group_advantages, keep_groups, weighted_sum
+from core.objective.advantage import group_advantages, keep_groups, no_spread, whole_group
+from core.objective.aggregation import unshaped, weighted_sum
 from core.objective.group import Credit, Group
-from core.objective.reduction import reduce_loss
-from core.objective.regularizer import kl_and_entropy
+from core.objective.modulation import nothing, unmodulated
+from core.objective.reduction import add_row_mean, reduce_loss
+from core.objective.regularizer import kl_and_entropy, unpenalized
 from core.objective.rows import Loss, Rows
 from core.objective.surrogate import clipped_token_ratio
 
-SLOTS = ("shape", "aggregate", "advantage", "filter", "modulate", "surrogate", "regularize", "reduce", "loss_fn")
-LOSS_SLOTS = ("surrogate", "regularize", "reduce")  # what a loss_fn replaces
+SLOTS = (
+    "shape", "aggregate", "advantage", "filter", "modulate", "annotate",
+    "surrogate", "regularize", "penalty", "reduce", "loss_fn",
+)  # fmt: skip
+LOSS_SLOTS = ("surrogate", "regularize", "penalty", "reduce")  # what a loss_fn replaces
+# What a trainer must provide, or refuse in these words.
+NEEDS = {
+    "whole_rollouts": "whole rollouts: no micro-batch may hold a part of one",
+    "whole_batch": "the groups of all ranks at once",
+    "extra_rollout": "one rollout more than are trained on",
+    "old_logps": "log-probabilities of the policy that sampled, before the advantage",
+    "several_updates": "several updates per generation batch, without which it changes nothing or little",
+    "tempered_logps": "log-probabilities at another temperature",
+    "influence": "last hidden states, and what the output layer makes of them",
+    "teacher": "a teacher: averaged weights that see a right rollout beside the prompt",
+    "task": "which task a prompt belongs to",
+    "aligned": "a reward per decision of an aligned policy (flow, forecast)",
+}
+ASKED = ("tempered_logps", "influence", "teacher")  # what Group.model answers
+COMPONENTS = ("gate", "quality", "answers")  # options that name a reward component
 # Closed intervals outside of which an option has no meaning, whichever slot it belongs to.
 RANGES = {
     "epsilon_low": (0, 1), "epsilon_high": (0, math.inf), "delta": (1, math.inf), "beta": (0, math.inf),
-    "entropy_coef": (0, math.inf), "eps": (0, math.inf),
+    "entropy_coef": (0, math.inf), "eps": (0, math.inf), "tau": (1e-6, math.inf), "temperature": (1e-6, math.inf),
+    "sequence_epsilon_low": (0, 1), "sequence_epsilon_high": (0, math.inf), "penalty": (0, math.inf),
+    "ring_low": (0, 1), "ring_high": (0, math.inf), "mad_floor": (0, math.inf), "virtual": (1, math.inf),
+    "rank_weight": (0, 1), "gamma": (0, 1), "alpha": (1e-6, 1), "least_progress": (0, 1), "exploit": (-1, 1),
+    "hot": (1, math.inf), "cold": (1e-6, 1), "most": (0, math.inf), "resolution": (0, math.inf), "anchored": (0, math.inf),
+    "limit": (0, math.inf), "band_coef": (0, math.inf), "sharpness": (0, math.inf), "anchor": (0, math.inf),
 }  # fmt: skip
-
-
-def unshaped(rewards: Tensor, group: Group) -> Tensor:
-    """Rewards as they are."""
-    return rewards
-
-
-def unmodulated(advantage: Tensor, group: Group) -> Tensor:
-    """Advantages as they are."""
-    return advantage
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A named composition; every slot not given is plain GRPO's.
 
-    grade: how well the formulas are known. a = read in the authors' or TRL's code, b = read in the text, c = derived.
+    grade: how well the formulas are known. a = read in the authors' or TRL's code, b = read in the text, b* = through third
+    parties, c = derived. equation: what it changes.
     shape(rewards, group) and aggregate(rewards, group): (P, G, K[, T]) -> the same; -> (P, G[, T]).
-    advantage(reward, group) and modulate(advantage, group): -> (P, G) or (P, G, T), alone or followed by keep (P, G)
-    bool and by a dict of per-row extras (B, ...) for the loss.
+    advantage(reward, group) and modulate(advantage, group): -> (P, G) or (P, G, T), alone or with keep (P, G) bool.
     filter(group) -> keep (P, G) or (P, 1) bool.
+    annotate(group, advantage, keep) -> dict of per-row extras (B, ...) for the loss.
     surrogate(rows) -> (B, T) or (B, 1), metrics. regularize(rows) -> the same, or None, metrics.
-    reduce(per_decision, rows) -> Loss. loss_fn(rows) -> Loss replaces these three.
-    needs: what a trainer must provide or refuse, by name (`whole_rollouts`: no micro-batch holds a part of a rollout).
+    penalty(rows) -> (B, T), (B,) or None, metrics (core/objective/regularizer.py). reduce(per_decision, rows) -> Loss.
+    loss_fn(rows) -> Loss replaces these four.
+    needs: names of NEEDS, which a trainer must provide or refuse.
 
     `recipe(epsilon_high=0.3)` is the same recipe with other options.
     """
@@ -71,23 +89,32 @@ class Recipe:
     source: str
     grade: str
     summary: str
+    equation: str = ""
     shape: Callable = unshaped
     aggregate: Callable = weighted_sum
     advantage: Callable = group_advantages
     filter: Callable = keep_groups
     modulate: Callable = unmodulated
+    annotate: Callable = nothing
     surrogate: Callable = clipped_token_ratio
     regularize: Callable = kl_and_entropy
+    penalty: Callable = unpenalized
     reduce: Callable = reduce_loss
     needs: frozenset[str] = frozenset()
     loss_fn: Callable | None = None
 
     @torch.no_grad()
     def credit(self, group: Group) -> Credit:
-        """The advantage of every row; 0, and keep 0, for unscored rollouts and for those a slot dropped."""
+        """The advantage of every row; 0, and keep 0, for unscored rollouts and for those a slot dropped.
+
+        Raises ValueError if the group lacks what the recipe needs.
+        """
+        for need, field in (("old_logps", "old_logps"), *((need, "model") for need in ASKED)):
+            if need in self.needs and getattr(group, field) is None:
+                raise ValueError(f"recipe {self.name} needs {NEEDS[need]}, and the group has no {field}")
         reward = self.aggregate(self.shape(group.rewards, group), group)
-        advantage, keep, extras = _parts(self.advantage(reward, group))
-        advantage, kept, more = _parts(self.modulate(advantage, group))
+        advantage, keep = _with_keep(self.advantage(reward, group))
+        advantage, kept = _with_keep(self.modulate(advantage, group))
         keep = group.scored & keep & kept & self.filter(group)
         if advantage.shape[:2] != keep.shape or advantage.dim() > 3:
             raise ValueError(
@@ -98,8 +125,8 @@ class Recipe:
         return Credit(
             advantage=advantage.flatten(0, 1),
             keep=keep.flatten().to(advantage.dtype),
-            extras=extras | more,
-            metrics=credit_metrics(group, advantage, keep),
+            extras=self.annotate(group, advantage, keep),
+            metrics=_credit_metrics(group, advantage, keep),
         )
 
     def loss(self, rows: Rows) -> Loss:
@@ -113,7 +140,12 @@ class Recipe:
             per_decision = per_decision * rows.weight
         if term is not None:
             per_decision = per_decision + term
-        loss = self.reduce(per_decision, rows)
+        penalty, also = self.penalty(rows)
+        per_row = penalty is not None and penalty.dim() == 1
+        loss = self.reduce(per_decision if penalty is None or per_row else per_decision + penalty, rows)
+        if per_row:
+            loss = add_row_mean(loss, penalty, rows)
+        more = more | also
         if rows.entropy is not None:
             more = more | {"entropy": rows.masked_mean(rows.entropy)}
         return replace(loss, metrics=loss.metrics | metrics | more)
@@ -146,6 +178,14 @@ class Recipe:
                     changed[slot] = partial(current, **{name: _checked(self.name, name, value, current)})
         return replace(self, **changed)
 
+    def refuse(self, provides: Collection[str], components: Collection[str], who: str) -> None:
+        """Raise ValueError if the recipe needs what `who` does not provide, or names a component that is not there."""
+        if missing := [NEEDS[need] for need in NEEDS if need in self.needs - set(provides)]:
+            raise ValueError(f"recipe {self.name} needs {'; and '.join(missing)}: {who} cannot give that")
+        for option in COMPONENTS:
+            if (name := self.options.get(option, None)) is not None and name not in components:
+                raise ValueError(unknown(f"reward component in {option}= of recipe {self.name}", name, components))
+
     def _slots(self) -> list[str]:
         unused = LOSS_SLOTS if self.loss_fn else ("loss_fn",)
         return [slot for slot in SLOTS if slot not in unused]
@@ -167,17 +207,33 @@ def combine(recipes: Sequence[Recipe]) -> Recipe:
         slots = {slot: getattr(added, slot) for slot in added.sets if slot not in LOSS_SLOTS or not added.loss_fn}
         texts = {
             name: mark.join(dict.fromkeys([getattr(combined, name), getattr(added, name)]))
-            for name, mark in (("name", "+"), ("source", "; "), ("grade", "/"), ("summary", "; "))
+            for name, mark in (("name", "+"), ("source", "; "), ("grade", "/"), ("summary", "; "), ("equation", "; "))
         }
         combined = replace(combined, **texts, **slots, needs=combined.needs | added.needs)
     return combined
 
 
-def _parts(result: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """A slot's (advantage[, keep[, extras]]) with what it left out filled in."""
-    advantage, *rest = result if isinstance(result, tuple) else (result,)
-    keep = rest[0] if rest else advantage.new_ones(advantage.shape[:2], dtype=torch.bool)
-    return advantage, keep, rest[1] if len(rest) > 1 else {}
+def _with_keep(result: Any) -> tuple[Tensor, Tensor]:
+    """A slot's advantage with its keep, all True if it gave none."""
+    if isinstance(result, tuple):
+        return result
+    return result, result.new_ones(result.shape[:2], dtype=torch.bool)
+
+
+def _credit_metrics(group: Group, advantage: Tensor, keep: Tensor) -> dict[str, float]:
+    """The metrics of `Credit`: how much of the batch can teach. advantage: (P, G) or (P, G, T); keep: (P, G) bool."""
+    kept = advantage[keep]
+    if kept.dim() == 2 and group.mask is not None:
+        kept = kept[group.mask.view(*keep.shape, -1)[keep].bool()]
+    shares = {
+        "zero_spread": whole_group(no_spread(weighted_sum(group.rewards, group))).float().mean(),
+        "unscored": 1 - group.scored.float().mean(),
+        "dropped": 1 - keep.float().mean(),
+        "advantage_std": kept.std(correction=0) if kept.numel() else kept.sum(),
+    }
+    if group.outcome is not None:
+        shares["zero_spread_outcome"] = whole_group(no_spread(group.rewards[:, :, group.outcome])).float().mean()
+    return dict(zip(shares, torch.stack([value.float() for value in shares.values()]).tolist(), strict=True))
 
 
 def _options(slot: Callable) -> dict[str, Any]:
@@ -209,7 +265,10 @@ def _checked(recipe: str, name: str, value: Any, slot: Callable) -> Any:
                 return number
             raise ValueError(f"{name}={value} in recipe {recipe} is outside [{low:g}, {high:g}]")
         if kind in (bool, int, str) and type(value) is kind:
-            return value
+            low, high = RANGES.get(name, (-math.inf, math.inf)) if kind is int else (0, 0)
+            if kind is not int or low <= value <= high:
+                return value
+            raise ValueError(f"{name}={value} in recipe {recipe} is outside [{low:g}, {high:g}]")
     wanted = " or ".join("null" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
     raise ValueError(f"{name}={value!r} in recipe {recipe} is not {wanted}")
 

@@ -8,9 +8,27 @@ failed, is *unscored*: it is out of every baseline, and gets advantage 0 and kee
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Model(Protocol):
+    """What only the policy's model can say of the rollouts; asked during credit, by the recipes that need it."""
+
+    def tempered_logps(self, temperature: float) -> Tensor:
+        """(B, T) nats: of the sampled decisions, had logits been divided by `temperature` times the sampler's own."""
+
+    def influence(self, right: Tensor) -> tuple[Tensor, Tensor]:
+        """core.objective.modulation.token_influence of every group; right: (P, G) bool. Returns (B, T) twice."""
+
+    def teach(self, taught: Tensor, right: Tensor) -> Tensor:
+        """(B, T) nats: the entropy of the teacher, who has seen a right rollout, at each decision of `taught` rollouts.
+
+        taught, right: (P, G) bool. The loss of these rows then finds `distillation`, (B, T), in its extras: KL(policy ||
+        teacher) over all that could have been decided, with gradient.
+        """
 
 
 @dataclass
@@ -22,8 +40,9 @@ class Group:
     mask: (B, T), 1 on decisions that carry loss. old_logps: (B, T), nats.
     aligned: decision t is the same question in every rollout of a group (flow, forecast), so each may have a reward.
     failed: (P, G) bool, True where a check could not judge the rollout.
-    names: K component names, for messages. outcome: index of the component that is the task's own success.
-    extras: tensors that a recipe asked for in `needs`.
+    names: K component names. outcome: index of the component that is the task's own success.
+    task: (P,) int, which task a prompt belongs to; None = all the same.
+    model: answers what rewards and log-probabilities do not hold. seed: of what a recipe draws; the same on all ranks.
     Raises ValueError for shapes that do not fit, infinite rewards or weights, and (P, G, K, T) on an unaligned group.
     """
 
@@ -35,7 +54,9 @@ class Group:
     failed: Tensor | None = None
     names: tuple[str, ...] = ()
     outcome: int | None = None
-    extras: dict[str, Tensor] = field(default_factory=dict)
+    task: Tensor | None = None
+    model: Model | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         shape = tuple(self.rewards.shape)
@@ -74,6 +95,30 @@ class Group:
     def scored(self) -> Tensor:
         """(P, G) bool: rollouts with at least one component that applies."""
         return ~self.rewards.isnan().flatten(2).all(dim=2)
+
+    @property
+    def outcome_index(self) -> int:
+        """Which component is the task's own success. Raises ValueError if none is."""
+        if self.outcome is None:
+            raise ValueError("this objective looks at the outcome component, and the group names none")
+        return self.outcome
+
+    def index(self, name: str) -> int:
+        """Which component has this name. Raises ValueError if none has."""
+        if name not in self.names:
+            raise ValueError(f"no reward component is called {name!r}; there are: {', '.join(self.names)}")
+        return self.names.index(name)
+
+    def right(self, success: float) -> Tensor:
+        """(P, G) bool: rollouts whose outcome is at least `success`; of several decisions, their mean."""
+        outcome = self.rewards[:, :, self.outcome_index]
+        return (outcome if outcome.dim() == 2 else outcome.nanmean(dim=2)) >= success
+
+    def sequence_logps(self) -> Tensor:
+        """(P, G): the mean old log-probability of a rollout's decisions, nats; 0 of an empty one."""
+        mask = self.mask.to(self.old_logps.dtype)
+        total = torch.where(self.mask.bool(), self.old_logps, 0.0).sum(1)
+        return (total / mask.sum(1).clamp(min=1.0)).view(self.rewards.shape[:2])
 
     def _name(self, k: int) -> str:
         return repr(self.names[k]) if self.names else f"{k}"

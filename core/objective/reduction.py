@@ -10,6 +10,7 @@ hand holds and average over micro-batches. They are TRL's own (grpo, bnpo), kept
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -20,7 +21,7 @@ from core.objective.rows import Loss, Rows
 Reduction = Literal["token_mean", "sequence_mean", "fixed_length", "token_mean_local", "sequence_mean_local"]
 
 
-def reduce_loss(per_decision: Tensor, rows: Rows, *, reduction: Reduction = "sequence_mean_local") -> Loss:
+def reduce_loss(per_decision: Tensor, rows: Rows, *, reduction: Reduction = "sequence_mean") -> Loss:
     """The reduced loss of (B, T), or of (B, 1) standing for every decision of its row; dropped ones leave no trace.
 
     Counts are at least 1, so an empty micro-batch or update gives 0.
@@ -37,3 +38,10 @@ def reduce_loss(per_decision: Tensor, rows: Rows, *, reduction: Reduction = "seq
     # A tensor, because CUDA divides by a Python number through its reciprocal, which costs the last bit.
     count = torch.as_tensor(kept, dtype=torch.promote_types(total.dtype, torch.float32), device=total.device)
     return Loss(sum=total, count=count.clamp(min=1.0), local=local)
+
+
+def add_row_mean(loss: Loss, per_row: Tensor, rows: Rows) -> Loss:
+    """The loss plus the mean of (B,) over kept rows: of the update, or of the micro-batch if the loss is local."""
+    kept = torch.ones_like(per_row) if rows.keep is None else rows.keep.to(per_row.dtype)
+    count = kept.sum() if loss.local else torch.as_tensor(rows.counts.rows, dtype=per_row.dtype, device=per_row.device)
+    return replace(loss, sum=loss.sum + (per_row * kept).sum() * loss.count / count.clamp(min=1.0))

@@ -1,4 +1,7 @@
-"""What is added to the policy term, per decision: distance to a reference policy, entropy.
+"""What is added to the policy term: distance to a reference policy or to the one that sampled, entropy, guards.
+
+A `regularize` slot gives a term per decision. A `penalty` slot gives one per decision, (B, T), which goes through the
+recipe's reduction too, or one per rollout, (B,), of which the mean over the update's kept rows is added.
 
 A KL estimate with the right value need not have the right gradient (arXiv 2506.09477). On-policy and unweighted, k1 has
 expected gradient 0, k2 that of KL(policy || reference), k3 that of KL(reference || policy). Multiplied by the ratio
@@ -61,3 +64,57 @@ def kl_and_entropy(
         bonus = entropy_coef * rows.entropy
         term = -bonus if term is None else term - bonus
     return term, metrics
+
+
+def unpenalized(rows: Rows) -> tuple[None, Metrics]:
+    """No further term."""
+    return None, {}
+
+
+def distance_to_sampler(
+    rows: Rows, *, toward: Literal["k2", "forward_kl"] = "k2", penalty: float = 0.1
+) -> tuple[Tensor, Metrics]:
+    """penalty * (logp - old_logp)^2, or -penalty * logp, whose mean is KL(sampler || policy) but for a constant; (B, T).
+
+    Not clipped and not weighted. k2 is 0 on fresh data, forward_kl imitates whatever was sampled, right or wrong: the
+    same as a baseline lowered by the penalty.
+    Source: arXiv 2509.24203 (OPMD's and AsymRE's regularizers); read in the authors' code.
+    """
+    term = rows.log_ratio**2 if toward == "k2" else -rows.logps
+    return penalty * term, {f"sampler_{toward}": rows.masked_mean(term)}
+
+
+def guard_likelihood(
+    rows: Rows, *, penalty: float = 0.2, level: Literal["turn", "rollout", "token"] = "turn"
+) -> tuple[Tensor, Metrics]:
+    """penalty * max(0, old_logp - logp) on the tokens of protected rollouts, where the likelihood of their turn fell; (B,).
+
+    level: what must have become less likely as a whole, strictly, before its tokens count: a turn (a run of decisions with
+    loss, which observations interrupt), the rollout, or the token alone. Wants `protected` in the extras. 0, and without
+    gradient, where logps equal old_logps.
+    Source: arXiv 2512.04220; read in text and code.
+    """
+    mask = rows.loss_mask.bool()
+    fall = torch.where(mask, -rows.log_ratio, 0.0)
+    if level == "token":
+        gate = fall > 0
+    else:
+        starts = mask & ~torch.nn.functional.pad(mask[:, :-1], (1, 0))
+        turn = starts.long().cumsum(dim=1) if level == "turn" else torch.zeros_like(mask, dtype=torch.long)
+        sums = torch.zeros_like(fall[:, :1]).expand(-1, mask.shape[1] + 1).scatter_add(1, turn, fall.detach())
+        gate = sums.gather(1, turn) > 0
+    guarded = (gate & mask).to(fall.dtype) * torch.relu(fall)
+    weight = rows.extras["protected"].to(fall.dtype)
+    return penalty * weight * guarded.sum(dim=1), {"guarded": rows.masked_mean(gate.float())}
+
+
+def entropy_band(rows: Rows, *, band_coef: float = 0.01) -> tuple[Tensor, Metrics]:
+    """band_coef * (max(0, H - high) + max(0, low - H)) of every task, H being the mean of -logp; (B,).
+
+    Wants `entropy_gate` and `entropy_bound` in the extras: which side a task is on was decided once for the batch. The
+    gradient is that of -logp of what was sampled, not of the entropy.
+    Source: arXiv 2604.08539; read in the text, which does not give the coefficient.
+    """
+    bound = rows.extras["entropy_bound"].to(rows.logps.dtype).unsqueeze(1)
+    beyond = ((-rows.logps - bound) * rows.loss_mask).sum(dim=1)
+    return band_coef * rows.extras["entropy_gate"].to(rows.logps.dtype) * beyond, {}

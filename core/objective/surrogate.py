@@ -2,16 +2,21 @@
 
     clipped:  -min(rho * A, clip(rho, 1 - low, 1 + high) * A)        gradient stops where a step would go further away
     capped:   -min(rho, cap).detach() * A * logp                     no gradient stops; large ratios count for less
+    masked:   -M(rho) * w(rho).detach() * A * logp                   REINFORCE on the decisions that M lets through
 
-At rho = 1 both have the gradient of REINFORCE, -A * grad logp.
+At rho = 1 all have the gradient of REINFORCE, -A * grad logp.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from core.objective.rows import Metrics, Rows
+
+Clip = Literal["none", "one_side", "two_side", "ring"]
 
 
 def clip_loss(
@@ -40,6 +45,27 @@ def cap_loss(ratio: Tensor, advantage: Tensor, logps: Tensor, cap: float) -> Ten
     return -torch.clamp(ratio, max=cap).detach() * advantage * logps
 
 
+def clip_mask(
+    ratio: Tensor, advantage: Tensor, clip: Clip, low: float, high: float, ring_low: float, ring_high: float
+) -> Tensor:
+    """Which decisions a step may use: bool, the broadcast of ratio (B, T) and advantage (B, 1) or (B, T).
+
+    one_side: A >= 0 and ratio <= 1 + high, or A <= 0 and ratio >= 1 - low (where the clipped loss has a gradient).
+    two_side: 1 - low <= ratio <= 1 + high. ring: two_side, or ratios so far off that the step brings them back: A >= 0 and
+    ratio <= 1 - ring_low, or A <= 0 and ratio >= 1 + ring_high. none: all.
+    Source: arXiv 2509.24203; read in the authors' code.
+    """
+    if clip == "none":
+        return torch.ones_like(ratio * advantage, dtype=torch.bool)
+    good, bad = advantage >= 0, advantage <= 0  # a decision with A = 0 is both: or, not +
+    if clip == "one_side":
+        return (good & (ratio <= 1 + high)) | (bad & (ratio >= 1 - low))
+    near = (ratio >= 1 - low) & (ratio <= 1 + high)
+    if clip == "two_side":
+        return near.expand_as(ratio * advantage)
+    return near | (good & (ratio <= 1 - ring_low)) | (bad & (ratio >= 1 + ring_high))
+
+
 def clipped_token_ratio(
     rows: Rows, *, epsilon_low: float = 0.2, epsilon_high: float | None = None, delta: float | None = None
 ) -> tuple[Tensor, Metrics]:
@@ -59,6 +85,87 @@ def capped_token_ratio(rows: Rows, *, epsilon_high: float = 5.0) -> tuple[Tensor
     ratio, metrics = rows.token_ratio, _ratio_metrics(rows, rows.token_ratio)
     metrics["clip_high"] = rows.masked_mean(((ratio > epsilon_high) & (rows.advantages > 0)).float())
     return cap_loss(ratio, rows.advantages, rows.logps, epsilon_high), metrics
+
+
+def masked_reinforce(
+    rows: Rows,
+    *,
+    clip: Clip = "one_side",
+    weight: Literal["ratio", "none"] = "ratio",
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    ring_low: float = 0.6,
+    ring_high: float = 2.0,
+) -> tuple[Tensor, Metrics]:
+    """-mask * weight * A * logp, the token ratio detached; masked decisions stay in the counts. Returns (B, T), metrics.
+
+    clip: see `clip_mask`. weight: the ratio (importance sampling) or 1. one_side with the ratio has the gradient of the
+    clipped loss. Source: arXiv 2509.24203; read in the authors' code.
+    """
+    ratio, metrics = rows.token_ratio.detach(), _ratio_metrics(rows, rows.token_ratio)
+    allowed = clip_mask(ratio, rows.advantages, clip, epsilon_low, epsilon_high, ring_low, ring_high)
+    metrics["clip_masked"] = rows.masked_mean((~allowed).float())
+    weighted = rows.advantages * ratio if weight == "ratio" else rows.advantages
+    return -allowed * weighted * rows.logps, metrics
+
+
+def mixed_ratio(
+    rows: Rows,
+    *,
+    mix: Literal["even", "entropy"] = "even",
+    pessimism: Literal["each", "mixed", "none"] = "each",
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    sequence_epsilon_low: float = 3e-4,
+    sequence_epsilon_high: float = 4e-4,
+) -> tuple[Tensor, Metrics]:
+    """The token's and the sequence's clipped ratio, mixed decision by decision; needs whole rollouts. (B, T), metrics.
+
+    mix: the token's share; even = 1/2, entropy = the decision's entropy between the rollout's least and greatest, detached
+    (1/2 where they are equal). pessimism: where the minimum of clipped and unclipped is taken: in each branch before the
+    mix, of the mixed ratios, or nowhere (a clipped branch then has no gradient on either side).
+    Raises ValueError for mix=entropy without entropies.
+    Source: arXiv 2601.05607 through third parties (structure); the three forms and the ranges are ours.
+    """
+    token, sequence, advantage = rows.token_ratio, rows.sequence_ratio, rows.advantages
+    share = torch.full_like(token, 0.5) if mix == "even" else _entropy_share(rows)
+    bounded = torch.clamp(token, 1 - epsilon_low, 1 + epsilon_high)
+    sequence_bounded = torch.clamp(sequence, 1 - sequence_epsilon_low, 1 + sequence_epsilon_high)
+    if pessimism == "each":
+        token_term = torch.min(token * advantage, bounded * advantage)
+        value = share * token_term + (1 - share) * torch.min(sequence * advantage, sequence_bounded * advantage)
+    else:
+        value = (share * bounded + (1 - share) * sequence_bounded) * advantage
+        if pessimism == "mixed":
+            value = torch.min((share * token + (1 - share) * sequence) * advantage, value)
+    return -value, _ratio_metrics(rows, token) | {"sequence_ratio": rows.masked_mean(sequence)}
+
+
+def taught_or_clipped(
+    rows: Rows, *, epsilon_low: float = 0.2, epsilon_high: float | None = None, delta: float | None = None
+) -> tuple[Tensor, Metrics]:
+    """The weighted distance to the teacher where there is a distillation weight, `clip_loss` of the token ratio elsewhere.
+
+    Wants `distillation_weight` and `distillation`, both (B, T), in the rows' extras. Returns (B, T), metrics.
+    Source: arXiv 2604.02288; read in the text.
+    """
+    clipped, metrics = _clipped(rows, rows.token_ratio, epsilon_low, epsilon_high, delta)
+    weight = rows.extras["distillation_weight"]
+    taught = weight > 0
+    distance = torch.where(taught, rows.extras["distillation"], 0.0)
+    metrics["taught"] = rows.masked_mean(taught.float())
+    metrics["distillation"] = (distance.detach().sum().float(), taught.sum().float())
+    return torch.where(taught, weight * distance, clipped), metrics
+
+
+def _entropy_share(rows: Rows) -> Tensor:
+    """(B, T), detached: where a decision's entropy lies between its rollout's least and greatest; 1/2 if they are equal."""
+    if rows.entropy is None:
+        raise ValueError("mix=entropy needs entropies, and the trainer gave none; use mix=even")
+    entropy, used = rows.entropy.detach(), rows.loss_mask.bool()
+    low = entropy.masked_fill(~used, torch.inf).amin(dim=1, keepdim=True)
+    span = entropy.masked_fill(~used, -torch.inf).amax(dim=1, keepdim=True) - low
+    return torch.where(used & (span > 0), (entropy - low) / (span + 1e-8), 0.5)
 
 
 def _clipped(

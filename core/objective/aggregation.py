@@ -1,0 +1,84 @@
+"""From reward components to one reward: what is done to components first (shape), and how they become one (aggregate).
+
+All functions skip NaN (unscored, or not applicable) and treat further dimensions, the T decisions of an aligned policy,
+one by one.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from core.objective.advantage import group_advantages
+from core.objective.group import Group
+
+
+def unshaped(rewards: Tensor, group: Group) -> Tensor:
+    """Rewards as they are."""
+    return rewards
+
+
+def favour_unlikely(
+    rewards: Tensor, group: Group, *, rank_weight: float = 0.25, rank_offset: Literal[0, 1] = 0
+) -> Tensor:
+    """The outcome of positive rollouts times 1 - rank_weight * (rank + rank_offset) / G; likely ones lose the most.
+
+    rewards: (P, G, K) or (P, G, K, T), and returned so. rank: of a rollout's mean old log-probability in its group, 0 =
+    least likely, G - 1 = most; ties share their mean rank. rank_offset: 0 is the released code, 1 the text.
+    In a group that is all right the ranks alone make spread: filter=outcome leaves such groups out.
+    Source: arXiv 2506.02355; read in the authors' code, the text's form through third parties.
+    """
+    likely = group.sequence_logps()
+    below = (likely.unsqueeze(1) < likely.unsqueeze(2)).sum(2)
+    ties = (likely.unsqueeze(1) == likely.unsqueeze(2)).sum(2)
+    rank = below + (ties - 1) / 2
+    factor = 1 - rank_weight * (rank + rank_offset) / rank.shape[1]
+    outcome = rewards[:, :, group.outcome_index]
+    factor = factor.to(rewards.dtype).view(*factor.shape, *[1] * (outcome.dim() - 2))
+    shaped = rewards.clone()
+    shaped[:, :, group.outcome_index] = torch.where(outcome > 0, outcome * factor, outcome)
+    return shaped
+
+
+def weighted_sum(rewards: Tensor, group: Group) -> Tensor:
+    """The plain total reward: the weighted sum of components, in which one that does not apply counts as 0.
+
+    rewards: (P, G, K) or (P, G, K, T). Returns (P, G) or (P, G, T); NaN where no component applies.
+    The weights are not renormalised over the components that apply.
+    Source: TRL 1.16, sum_then_normalize; read in its code.
+    """
+    return _total(rewards, group.weights, rewards.isnan())
+
+
+def decoupled_sum(rewards: Tensor, group: Group, *, ddof: Literal[0, 1] = 1, eps: float = 1e-4) -> Tensor:
+    """The weighted sum of components that were each centred and scaled within their group.
+
+    rewards: (P, G, K) or (P, G, K, T). Returns (P, G) or (P, G, T); NaN where no component applies. Keeps combinations
+    apart that have the same total, and erases each component's own scale: a wrong answer may outscore a right one.
+    Raises ValueError if G < 2. Source: arXiv 2601.05242; read in TRL 1.16's code (normalize_then_sum).
+    """
+    return _total(group_advantages(rewards, ddof=ddof, eps=eps), group.weights, rewards.isnan())
+
+
+def gated_mean(rewards: Tensor, group: Group, *, gate: str = "safety", passing: float = 0.5) -> Tensor:
+    """The weighted mean of the components that apply, times the sum of weights; where the gate is below `passing`, gate - 1.
+
+    rewards: (P, G, K) or (P, G, K, T) in [0, 1]. Returns (P, G) or (P, G, T); NaN where no component applies.
+    gate: the component that decides. What it stops ranks below all it lets through, whatever the others say; where it
+    does not apply it stops nothing.
+    Raises ValueError if no component has that name. Source: arXiv 2503.21819 names the axes; the formula is ours.
+    """
+    missing = rewards.isnan()
+    weights = group.weights.view(-1, *[1] * (rewards.dim() - 3))
+    present = torch.where(missing, 0.0, weights).sum(dim=2)
+    mean = _total(rewards, group.weights, missing) * group.weights.sum() / present
+    decides = rewards[:, :, group.index(gate)]
+    return torch.where(decides < passing, decides - 1, mean)
+
+
+def _total(values: Tensor, weights: Tensor, missing: Tensor) -> Tensor:
+    """(P, G, K, ...) -> (P, G, ...): weighted nansum over K; NaN where all K are missing."""
+    total = (values * weights.view(-1, *[1] * (values.dim() - 3))).nansum(dim=2)
+    return total.masked_fill(missing.all(dim=2), torch.nan)

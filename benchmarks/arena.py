@@ -27,7 +27,6 @@ import gc
 import json
 import math
 import multiprocessing
-import random
 import sys
 import tempfile
 import time
@@ -144,7 +143,7 @@ def composed(name: str) -> Recipe:
 
 
 def derived(config: Config, recipe: Recipe) -> Batch:
-    return configs.batch(config)
+    return configs.batch(config, extra_rollouts=recipe.extra_rollouts)
 
 
 def warm_start(seed: int, settings: Settings, work: Path) -> Path:
@@ -158,14 +157,13 @@ def warm_start(seed: int, settings: Settings, work: Path) -> Path:
         model = build_model(
             tokenizer, width=settings.width, layers=settings.layers, heads=settings.heads, context=32, seed=seed
         )
-        draw = random.Random(seed)
-        asked = [row for row in task.problems() if not row["held_out"]] * settings.labels
+        prompts, completions = task.demonstrations(seed, settings.labels)
         with tempfile.TemporaryDirectory() as scratch:
             imitate(
                 model,
                 tokenizer,
-                [row["prompt"] for row in asked],
-                [task.label(row, draw) for row in asked],
+                prompts,
+                completions,
                 steps=settings.warm_steps,
                 batch_size=settings.warm_batch,
                 lr=settings.warm_lr,

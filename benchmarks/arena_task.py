@@ -2,7 +2,9 @@
 
 Prompts are all of `40+10=` .. `79+49=`; answers have two or three digits and an end token. The warm start imitates an
 annotator who is right less often the more carries a sum has, and who otherwise forgets a carry or is one off in a digit.
-So the policy's mistakes are those of a rule, differ in frequency from prompt to prompt, and can be unlearned.
+So the policy's mistakes are those of a rule, differ in frequency from prompt to prompt, and can be unlearned. It also
+imitates copying an answer that it is shown, whatever it is worth: a recipe with a teacher that sees one needs a policy that
+can read it.
 
 Probabilities are the policy's own (temperature 1, nothing cut off), every prompt is asked, and the prompt's one right
 answer is teacher-forced: the measured accuracy is an expectation without sampling noise. Its optimum is 1.
@@ -16,15 +18,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from core.train.asked import shown
 from rewards.score import batched
 
 Row = dict[str, Any]
-END, CHARACTERS = "<end>", "0123456789+="
+END, CHARACTERS = "<end>", "0123456789+=|"  # the last stands for any other text
 LONGEST = 4  # tokens of an answer, the end token among them
-RIGHT = (0.60, 0.40, 0.25)  # share of right labels of sums with 0, 1 and 2 carries
+RIGHT = (0.55, 0.30, 0.15)  # share of right labels of sums with 0, 1 and 2 carries
 FORGETS = 0.7  # share of the wrong labels of sums with a carry in which one is forgotten; the rest are one off
 
 
@@ -45,20 +48,31 @@ def problems() -> list[Row]:
 
 
 def label(row: Row, draw: random.Random) -> str:
-    """What the annotator writes: the answer, the sum without one of its carries, or a number that is one digit off by one."""
+    """What the annotator writes: the answer, the sum without one of its carries, or a number that is one off in a digit."""
     answer = int(row["answer"])
     if draw.random() < RIGHT[row["carries"]]:
         return str(answer)
     if row["carries"] and draw.random() < FORGETS:
-        a, b = map(int, row["id"].split("+"))
-        lost = [10] * (a % 10 + b % 10 > 9) + [100] * (answer > 99)
-        return str(answer - draw.choice(lost))
+        units = sum(int(number) % 10 for number in row["id"].split("+"))
+        return str(answer - draw.choice([10] * (units > 9) + [100] * (answer > 99)))
     return str(answer + draw.choice((-1, 1)) * draw.choice((1, 10)))
+
+
+def demonstrations(seed: int, labels: int) -> tuple[list[str], list[str]]:
+    """(prompts, completions) to imitate: of each prompt that is not held out `labels` labels, and every second again as a copy."""
+    draw, prompts, completions = random.Random(seed), [], []
+    for row in problems():
+        if not row["held_out"]:
+            written = [label(row, draw) for _ in range(labels)]
+            prompts += [row["prompt"]] * labels + [shown(row["prompt"], text) for text in written[::2]]
+            completions += written + written[::2]
+    return prompts, completions
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character. Padding is the end token, so no token but the end vanishes from a completion's text."""
     characters = Tokenizer(models.WordLevel({text: i for i, text in enumerate([END, *CHARACTERS])}))
+    characters.normalizer = normalizers.Replace(Regex(f"[^{CHARACTERS}]+"), CHARACTERS[-1])
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     characters.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token=END, eos_token=END, padding_side="left")
@@ -84,7 +98,7 @@ def digits(completions: Sequence[str], *, answer: Sequence[str]) -> list[float]:
 
 @batched
 def identity(completions: Sequence[str]) -> list[float]:
-    """Equal exactly where the answers are: their characters as the decimals of a number, in base 13."""
+    """Equal exactly where the answers are: their characters as the decimals of a number, in base 14."""
     base = len(CHARACTERS) + 1
     return [sum((CHARACTERS.index(c) + 1) / base ** (i + 1) for i, c in enumerate(text)) for text in completions]
 

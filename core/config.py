@@ -350,6 +350,7 @@ def _check(config: Config) -> None:
 class Batch:
     """The derived arithmetic of one step, so that every rank's generation batch is a whole number of groups.
 
+    group: rollouts sampled for a prompt, of which `extra` are not trained on.
     rollouts: B = prompts x group of one optimizer step over all ranks; micro: rollouts per forward on one rank;
     accumulation: micro-batches of one step on one rank; generation: rollouts sampled at once over all ranks.
     """
@@ -360,6 +361,7 @@ class Batch:
     micro: int
     steps_per_batch: int
     iterations: int
+    extra: int = 0
 
     @property
     def rollouts(self) -> int:
@@ -375,6 +377,11 @@ class Batch:
 
     def line(self) -> str:
         """The derivation, in one line."""
+        group = f"{self.group} completions"
+        if self.extra:
+            group = (
+                f"({self.group - self.extra} + {self.extra}) completions, {self.group - self.extra} of them trained on,"
+            )
         fresh = "fresh rollouts every step"
         if self.steps_per_batch * self.iterations > 1:
             fresh = (
@@ -382,16 +389,21 @@ class Batch:
                 f"({self.steps_per_batch} parts x {self.iterations} passes)"
             )
         return (
-            f"{self.prompts} prompts x {self.group} completions = {self.rollouts} rollouts a step; "
+            f"{self.prompts} prompts x {group} = {self.rollouts} rollouts a step; "
             f"{self.ranks} rank{'s' * (self.ranks > 1)} x {self.accumulation} micro-batch{'es' * (self.accumulation > 1)} "
             f"of {self.micro}; {fresh}"
         )
 
 
-def batch(config: Config, ranks: int = 1) -> Batch:
-    """Derive the batch. Raises ConfigError with the values that would work."""
+def batch(config: Config, ranks: int = 1, extra_rollouts: int = 0) -> Batch:
+    """Derive the batch; extra_rollouts: sampled beside each group. Raises ConfigError with the values that would work."""
     rollout, micro = config.rollout, config.optim.micro_batch
-    rollouts = rollout.prompts_per_step * rollout.group_size
+    if extra_rollouts and (rollout.group_size + extra_rollouts) % 2 == 0:
+        raise ConfigError(
+            f"rollout.group_size={rollout.group_size} and {extra_rollouts} more have no median among them; use an even group_size"
+        )
+    group = rollout.group_size + extra_rollouts
+    rollouts = rollout.prompts_per_step * group
     if rollout.prompts_per_step * rollout.steps_per_batch % ranks:
         raise ConfigError(
             f"rollout.prompts_per_step={rollout.prompts_per_step} x steps_per_batch={rollout.steps_per_batch} does not "
@@ -405,11 +417,11 @@ def batch(config: Config, ranks: int = 1) -> Batch:
         fits = [n for n in range(1, share + 1) if share % n == 0]
         raise ConfigError(
             f"optim.micro_batch={micro} does not divide the {share} rollouts of a rank "
-            f"(prompts_per_step={rollout.prompts_per_step} x group_size={rollout.group_size} / {ranks}); "
+            f"(prompts_per_step={rollout.prompts_per_step} x {group} completions / {ranks}); "
             f"use one of {', '.join(map(str, fits))}"
         )
     return Batch(
-        rollout.prompts_per_step, rollout.group_size, ranks, micro, rollout.steps_per_batch, rollout.iterations
+        rollout.prompts_per_step, group, ranks, micro, rollout.steps_per_batch, rollout.iterations, extra_rollouts
     )
 
 

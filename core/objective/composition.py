@@ -178,6 +178,11 @@ class Recipe:
                     changed[slot] = partial(current, **{name: _checked(self.name, name, value, current)})
         return replace(self, **changed)
 
+    @property
+    def extra_rollouts(self) -> int:
+        """Rollouts to sample beside each group, which are not trained on."""
+        return int("extra_rollout" in self.needs)
+
     def refuse(self, provides: Collection[str], components: Collection[str], who: str) -> None:
         """Raise ValueError if the recipe needs what `who` does not provide, or names a component that is not there."""
         if missing := [NEEDS[need] for need in NEEDS if need in self.needs - set(provides)]:

@@ -7,7 +7,6 @@ which sees neither neighbours nor the rest of the batch.
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -82,17 +81,18 @@ def add_tempered_imitation(
     The authors take H from the update before, here it is that of the batch at hand: the same number, one step fresher.
     Source: arXiv 2601.12730; read in the authors' code, which gives NaN where nothing is right.
     """
-    mask = group.mask.bool()
+    mask = _decisions(group).flatten(0, 1)
     entropy = -torch.where(mask, group.old_logps, 0.0).sum() / mask.sum().clamp(min=1)
     right, scored = group.right(correct) & group.scored, group.scored
     share = right.sum() / scored.sum().clamp(min=1)
     strength = (target - entropy).abs().clamp(max=most) / share
     mixed = torch.where(share > 0, strength / (1 + strength), 0.0).to(advantage.dtype)
     tempered = group.model.tempered_logps(hot if entropy <= target else cold)
-    ratio = torch.where(mask, (tempered - group.old_logps).exp(), 0.0).view(*right.shape, -1).to(advantage.dtype)
+    imitated = mask & right.view(-1, 1)
+    ratio = torch.where(imitated, (tempered - group.old_logps).exp(), 0.0).view(*right.shape, -1).to(advantage.dtype)
     if cap is not None:
         ratio = ratio.clamp(max=cap)
-    return (1 - mixed) * _per_decision(advantage, ratio) + mixed * right.unsqueeze(2) * ratio
+    return (1 - mixed) * _per_decision(advantage, ratio) + mixed * ratio
 
 
 def weight_by_answer_entropy(
@@ -117,15 +117,15 @@ def weight_by_answer_entropy(
     Source: arXiv 2505.12346 through third parties; counts and the one cluster of unreadable answers are ours.
     """
     value = group.rewards[:, :, group.index(answers)]
-    value = torch.where(value.isnan(), -torch.inf, value)
     value = value if value.dim() == 2 else value.nanmean(dim=2)
+    value = torch.where(value.isnan(), -torch.inf, value)
     scored, size = group.scored, group.scored.sum(dim=1, keepdim=True).clamp(min=1)
     weight = scored / size
     if mass == "probability":
         if group.old_logps is None:
             raise ValueError("mass=probability needs old log-probabilities; use mass=count")
-        total = (group.old_logps * group.mask).sum(1).view(scored.shape).masked_fill(~scored, -torch.inf)
-        weight = torch.nan_to_num(total.softmax(dim=1), nan=0.0)
+        total = torch.where(_decisions(group).flatten(0, 1), group.old_logps, 0.0).sum(1).view(scored.shape)
+        weight = torch.nan_to_num(total.masked_fill(~scored, -torch.inf).softmax(dim=1), nan=0.0)
     same = (value.unsqueeze(1) == value.unsqueeze(2)) & scored.unsqueeze(1) & scored.unsqueeze(2)
     log_mass = (same * weight.unsqueeze(1)).sum(dim=2).clamp(min=1e-45).log()
     members = same.sum(dim=2).clamp(min=1)
@@ -189,8 +189,8 @@ def token_influence(hidden: Tensor, logit_gradient: Tensor, mask: Tensor, right:
     Source: built from arXiv 2505.18830 and the reviews of 2510.03669; scale and sign are ours.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    used = mask.unsqueeze(2).to(wide)
-    hidden, gradient = hidden.to(wide) * used, logit_gradient.to(wide) * used
+    used = mask.bool().unsqueeze(2)
+    hidden, gradient = (torch.where(used, part.to(wide), 0.0) for part in (hidden, logit_gradient))
     each = torch.einsum("gtv,gtd->gvd", gradient * right.view(-1, 1, 1), hidden)
     own = torch.einsum("gtv,gvd,gtd->gt", gradient, each, hidden)
     return torch.einsum("gtv,vd,gtd->gt", gradient, each.sum(dim=0), hidden), own
@@ -218,7 +218,7 @@ def weight_by_influence(
     right = group.right(success) & group.scored
     total, own = (part.view(*right.shape, -1).to(advantage.dtype) for part in group.model.influence(right))
     influence = total if self_pairs else total - own
-    mask = group.mask.view_as(influence).to(advantage.dtype)
+    mask = _decisions(group)
     advantage = _per_decision(advantage, influence)
     mean = (influence * mask).sum(dim=2) / mask.sum(dim=2).clamp(min=1.0)
     least = mean.masked_fill(~right, torch.inf).amin(dim=1).clamp(min=0.0)
@@ -245,7 +245,7 @@ def share_of_protected(
     protected: mean of the protected rollouts' tokens (the text), or of all tokens (the released code).
     Source: arXiv 2512.04220; read in text and code.
     """
-    mask = group.mask.view(*keep.shape, -1) * keep.unsqueeze(2)
+    mask = _decisions(group) & keep.unsqueeze(2)
     good = (_per_decision(advantage, mask) * mask).sum(dim=2) >= 0
     tokens = (mask * good.unsqueeze(2)).sum() if protected == "mean" else mask.sum()
     return {"protected": (good & keep).flatten() * keep.sum() / tokens.clamp(min=1)}
@@ -260,16 +260,16 @@ def gate_entropy(
     tokens is the mean over the update's rows. A task without a kept token has gate 0.
     Source: arXiv 2604.08539; read in the text. The bounds' values are ours.
     """
-    mask = (group.mask.view(*keep.shape, -1) * keep.unsqueeze(2)).flatten(0, 1)
+    mask = (_decisions(group) & keep.unsqueeze(2)).flatten(0, 1)
     task = torch.zeros_like(keep[:, 0], dtype=torch.long) if group.task is None else group.task
     row_task = task.repeat_interleave(keep.shape[1])
-    surprise = torch.where(mask.bool(), -group.old_logps, 0.0)
+    surprise = torch.where(mask, -group.old_logps, 0.0)
     tasks = int(task.max()) + 1
     tokens = surprise.new_zeros(tasks).index_add(0, row_task, mask.sum(1).to(surprise.dtype))
     entropy = surprise.new_zeros(tasks).index_add(0, row_task, surprise.sum(1)) / tokens.clamp(min=1)
     way = (entropy > entropy_high).to(surprise.dtype) - (entropy < entropy_low).to(surprise.dtype)
     bound = torch.where(way > 0, entropy_high, entropy_low).to(surprise.dtype)
-    gate = way * keep.sum() / tokens.clamp(min=1)
+    gate = torch.where(tokens > 0, way * keep.sum() / tokens, 0.0)
     return {"entropy_gate": gate[row_task], "entropy_bound": bound[row_task]}
 
 
@@ -283,12 +283,19 @@ def route_to_teacher(
     """
     right = group.right(success) & group.scored
     taught = ~right & keep & right.any(dim=1, keepdim=True)
-    mask = group.mask.view(*keep.shape, -1).bool() & taught.unsqueeze(2)
-    mask = mask.flatten(0, 1)
-    if not taught.any():
+    mask = (_decisions(group) & taught.unsqueeze(2)).flatten(0, 1)
+    if not mask.any():
         return {"distillation_weight": torch.zeros(mask.shape, dtype=advantage.dtype, device=mask.device)}
-    sure = torch.where(mask, (-sharpness * group.model.teach(taught, right)).exp(), 0.0)
-    return {"distillation_weight": sure * mask.sum() / sure.sum().clamp(min=math.ulp(0.0))}
+    unsure = sharpness * group.model.teach(taught, right)
+    share = (-unsure).masked_fill(~mask, -torch.inf).flatten().softmax(dim=0).view_as(unsure)
+    return {"distillation_weight": share * mask.sum()}
+
+
+def _decisions(group: Group) -> Tensor:
+    """(P, G, T) bool: the decisions that carry loss. Raises ValueError if the group does not say."""
+    if group.mask is None:
+        raise ValueError("this objective looks at single decisions, and the group has no mask of those that carry loss")
+    return group.mask.bool().view(*group.rewards.shape[:2], -1)
 
 
 def _like(values: Tensor, advantage: Tensor) -> Tensor:

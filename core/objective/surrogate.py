@@ -106,7 +106,7 @@ def masked_reinforce(
     allowed = clip_mask(ratio, rows.advantages, clip, epsilon_low, epsilon_high, ring_low, ring_high)
     metrics["clip_masked"] = rows.masked_mean((~allowed).float())
     weighted = rows.advantages * ratio if weight == "ratio" else rows.advantages
-    return -allowed * weighted * rows.logps, metrics
+    return -(allowed * weighted * rows.logps), metrics
 
 
 def mixed_ratio(

@@ -25,6 +25,7 @@ from core import ranks
 from core.app import App, Row
 from core.config import Batch, Config, ConfigError, Rollout, batch
 from core.objective import recipes
+from core.objective.composition import NEEDS
 from core.policy import language
 from core.run import evaluate as ev
 from core.run.export import export_model, write_card
@@ -35,7 +36,7 @@ from core.run.splits import Split, check_gold
 from core.run.start import start
 from core.run.stopping import StopRequest
 from core.run.summary import evaluation_json, final_table, samples, summarise
-from core.train.arguments import arguments, refuse_few_prompts
+from core.train.arguments import arguments, refuse_few_prompts, refuse_recipe
 from core.train.health import Health
 from core.train.language import LanguageTrainer
 from core.train.warmup import quiet
@@ -170,7 +171,8 @@ class Setup:
             self.recipe = recipes.build(config.objective)
         except ValueError as error:
             raise ConfigError(f"objective: {error}") from error
-        self.batch: Batch = batch(config, self.processes)
+        refuse_recipe(self.recipe, list(self.composite), config)
+        self.batch: Batch = batch(config, self.processes, self.recipe.extra_rollouts)
         with quiet():
             arguments(
                 config, self.batch, self.recipe, Path()
@@ -186,6 +188,11 @@ class Setup:
         names = [chosen] if isinstance(chosen, str) else list(chosen)
         for sentence in self.app.warnings(weights, self.app.outcome, names):
             progress.warn(sentence)
+        if "several_updates" in self.recipe.needs and self.batch.steps_per_batch * self.batch.iterations == 1:
+            progress.warn(
+                f"recipe {self.recipe.name} needs {NEEDS['several_updates']}; this run makes one. Set rollout.iterations=2, or "
+                f"rollout.steps_per_batch=2"
+            )
         half, launch = self.config.model.dtype == "bfloat16", self.config.launch
         if half and not self.config.model.lora_rank and launch.strategy == "ddp" and self.config.optim.lr < 1e-4:
             progress.warn(

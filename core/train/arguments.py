@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -11,7 +12,11 @@ from trl import GRPOConfig
 
 from core.app import unknown
 from core.config import Batch, Config, ConfigError, Launch, convert
+from core.objective.composition import NEEDS
 from core.objective.recipes import Recipe
+
+# What the language trainer gives a recipe that needs it.
+PROVIDES = frozenset(NEEDS) - {"aligned"}
 
 
 def arguments(config: Config, batch: Batch, recipe: Recipe, output: Path) -> GRPOConfig:
@@ -82,6 +87,19 @@ def _spread(launch: Launch) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"launch.file={path} is not a readable JSON file of {launch.strategy}: {error}") from error
     return {"fsdp": True, "fsdp_config": settings} if launch.strategy == "fsdp" else {"deepspeed": settings}
+
+
+def refuse_recipe(recipe: Recipe, components: Collection[str], config: Config) -> None:
+    """Raise ConfigError if the language trainer cannot give what the recipe needs, with these reward components."""
+    try:
+        recipe.refuse(PROVIDES, components, "the language trainer")
+    except ValueError as error:
+        raise ConfigError(f"objective: {error}") from error
+    if "teacher" in recipe.needs and config.launch.strategy != "ddp":
+        raise ConfigError(
+            f"recipe {recipe.name} has a teacher with weights of its own, and launch.strategy={config.launch.strategy} "
+            f"spreads the policy's; use launch.strategy=ddp"
+        )
 
 
 def refuse_few_prompts(count: int, batch: Batch) -> None:

@@ -35,11 +35,11 @@ from core.objective.group import Group
 from core.objective.recipes import Recipe
 from core.objective.rows import Counts, Metrics, Rows
 from core.scoring import Scorer
-from core.train.arguments import arguments, refuse_few_prompts
+from core.train.arguments import arguments, refuse_few_prompts, refuse_recipe
+from core.train.asked import Asked, Teacher, Whole
 from core.train.health import Guard, finite_sampling
 
-# What a recipe may ask for in `needs`; anything else is refused at construction.
-PROVIDES = frozenset({"whole_rollouts"})
+TEACHER = "teacher.pt"  # a checkpoint's averaged weights; the same on all ranks
 EXTRA = "extra/"  # prefix of a recipe's own row tensors among TRL's
 MULTIMODAL = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
@@ -73,10 +73,7 @@ class LanguageTrainer(GRPOTrainer):
         callbacks: Sequence[Any] = (),
         peft_config: Any = None,
     ):
-        if missing := recipe.needs - PROVIDES:
-            raise ConfigError(
-                f"recipe {recipe.name} needs {', '.join(sorted(missing))}, which the language trainer cannot give"
-            )
+        refuse_recipe(recipe, scorer.names, config)
         refuse_few_prompts(len(rows), batch)
         self.rows, self.scorer, self.recipe, self.outcome = rows, scorer, recipe, outcome
         self.run_control, self.on_rollouts = config.run.control, on_rollouts  # Trainer.control is something else
@@ -94,6 +91,12 @@ class LanguageTrainer(GRPOTrainer):
             callbacks=list(callbacks),
             peft_config=peft_config,
         )
+        self.teacher = None
+        if "teacher" in recipe.needs:
+            policy = self.accelerator.unwrap_model(self.model)
+            longest = getattr(policy.config.get_text_config(), "max_position_embeddings", math.inf)
+            self.teacher = Teacher(policy, tokenizer, self.temperature, longest)
+            self.add_callback(self.teacher)
         self.reward_weights = self.weights  # TRL logs the weighted sum as `reward`
         if self.use_vllm and peft_config is not None and config.launch.strategy == "ddp":
             self.vllm_generation._iter_named_params = self._merged_weights
@@ -135,7 +138,8 @@ class LanguageTrainer(GRPOTrainer):
         self._judged = {
             "rewards": gather(values),
             "failed": gather(failed),
-            "rows": gather_object([row["id"] for row in rows]),
+            "ids": gather_object([row["id"] for row in rows]),
+            "rows": gather_object([example["row"] for example in inputs]),
             "prompts": gather_object([row["prompt"] for row in rows]),
             "texts": gather_object(texts),
             "reasons": gather_object(scores.reasons),
@@ -147,39 +151,87 @@ class LanguageTrainer(GRPOTrainer):
             output = super()._generate_and_score_completions(inputs)
         if not self.model.training:
             return output
-        group = self._group(output)
+        rank, local = self.accelerator.process_index, len(inputs)
+        mine = slice(rank * local, (rank + 1) * local)
+        group, asked = self._group(output, mine)
         credit = self.recipe.credit(group)
         advantage, keep = credit.advantage, credit.keep
         if self.run_control == "shuffled_advantages":
             kept = keep.nonzero().squeeze(1)
             order = torch.randperm(len(kept), generator=self._control_generator()).to(kept.device)
             advantage = advantage.index_copy(0, kept, advantage[kept[order]])
-        rank, local = self.accelerator.process_index, len(inputs)
-        mine = slice(rank * local, (rank + 1) * local)
-        own = advantage[mine] if advantage.dim() == 1 else advantage[mine, : output["completion_ids"].size(1)]
+        width = output["completion_ids"].size(1)  # ranks pad to their own longest completion
+        own = advantage[mine] if advantage.dim() == 1 else advantage[mine, :width]
         group_id = torch.arange(len(keep), device=keep.device) // self.num_generations
         output |= {"advantages": own, "keep": keep[mine], "group_id": group_id[mine]}
         output |= {"kept_rows": keep.sum(), "kept_tokens": (group.mask * keep.unsqueeze(1)).sum()}
-        output |= {f"{EXTRA}{name}": value[mine] for name, value in credit.extras.items()}
+        for name, value in credit.extras.items():
+            output[f"{EXTRA}{name}"] = value[mine] if value.dim() == 1 else value[mine, :width]
+        output |= {f"{EXTRA}{name}": value for name, value in asked.rows.items()}
         for name, value in credit.metrics.items():
             self._metrics["train"][name].append(float(value))
         if self.on_rollouts and self.accelerator.is_main_process:
             self.on_rollouts(self.state.global_step + 1, self._rollout_columns(advantage, keep))
         return output
 
-    def _group(self, output: dict[str, Any]) -> Group:
+    def _group(self, output: dict[str, Any], mine: slice) -> tuple[Group, Asked]:
+        """The groups of all ranks, and who answers the recipe's questions about the rank's own rows, `mine`."""
         rewards = self._judged["rewards"]
         if self.run_control == "random_rewards":
             rewards = torch.rand(rewards.shape, generator=self._control_generator()).to(rewards)
         shape = (-1, self.num_generations, rewards.shape[1])
-        mask = self.accelerator.pad_across_processes(_loss_mask(output), dim=1)
+        asked = Asked(
+            forward=lambda model, rows: self._asked_pass(model, output, rows),
+            gathered=self._gathered,
+            mine=mine,
+            model=self.model,
+            temperature=self.temperature,
+            ids=output["completion_ids"],
+            mask=_loss_mask(output),
+            size=self.num_generations,
+            micro=self.args.per_device_train_batch_size,
+            teacher=self.teacher,
+            siblings=(self._judged["prompts"][mine], self._judged["texts"][mine]),
+        )
+        old = output.get("old_per_token_logps")
+        if old is None and "old_logps" in self.recipe.needs:
+            old = self._asked_pass(self.model, output, slice(None))[0]
+        tasks = [self.rows[i].get("task") for i in self._judged["rows"][:: self.num_generations]]
         return Group(
             rewards=rewards.view(shape),
             weights=self.weights.to(rewards.device),
-            mask=gather(mask),
+            mask=self._gathered(asked.mask),
+            old_logps=None if old is None else self._gathered(old),
             failed=self._judged["failed"].view(shape[:2]),
             names=tuple(self.scorer.names),
             outcome=self.scorer.names.index(self.outcome),
+            task=torch.tensor([sorted(set(map(str, tasks))).index(str(task)) for task in tasks], device=rewards.device),
+            model=asked,
+            seed=self.args.seed * 1_000_003 + self.state.global_step,
+        ), asked
+
+    def _gathered(self, values: torch.Tensor) -> torch.Tensor:
+        """(local B, T) -> (B, T) of all ranks, padded with 0 to the longest."""
+        return gather(self.accelerator.pad_across_processes(values.contiguous(), dim=1))
+
+    @torch.no_grad()
+    def _asked_pass(self, model, output, rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """TRL's pass over some of the generation batch's rows: log-probabilities and entropies, (rows, T)."""
+        if rows != slice(None) and any(output.get(name) is not None for name in MULTIMODAL):
+            raise ConfigError(f"recipe {self.recipe.name} asks the model group by group, which works for text alone")
+        return self._pass(model, output, rows, self.args.per_device_train_batch_size)[:2]
+
+    def _pass(self, model, inputs, rows=slice(None), batch_size=None, aux_loss=False):
+        """TRL's forward pass over (prompt, completion): log-probabilities, entropies, router loss."""
+        return self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)[rows],
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)[rows],
+            inputs["completion_ids"].size(1),
+            batch_size,
+            compute_entropy=True,
+            compute_aux_loss=aux_loss,
+            **{key: inputs.get(key) for key in MULTIMODAL},
         )
 
     def _control_generator(self) -> torch.Generator:
@@ -192,7 +244,7 @@ class LanguageTrainer(GRPOTrainer):
             advantage = advantage.mean(-1)
         rewards = judged["rewards"].cpu()
         columns = {
-            "prompt_id": [str(i) for i in judged["rows"]],
+            "prompt_id": [str(i) for i in judged["ids"]],
             "prompt": [p if isinstance(p, str) else p[-1]["content"] for p in judged["prompts"]],
             "completion": judged["texts"],
             "advantage": advantage.tolist(),
@@ -208,15 +260,11 @@ class LanguageTrainer(GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         mask = _loss_mask(inputs)
-        logps, entropy, aux_loss = self._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            inputs["completion_ids"].size(1),
-            compute_entropy=True,
-            compute_aux_loss=self.aux_loss_enabled,
-            **{key: inputs.get(key) for key in MULTIMODAL},
-        )
+        extras = {name.removeprefix(EXTRA): value for name, value in inputs.items() if name.startswith(EXTRA)}
+        if self.teacher:
+            compared = self.teacher.compare(extras, inputs["completion_ids"], mask)
+            model = Whole(model, mask.shape[1], self.temperature, compared)
+        logps, entropy, aux_loss = self._pass(model, inputs, aux_loss=self.aux_loss_enabled)
         weight, entropy_mask = self._weight(inputs, logps.detach(), entropy, mask)
         loss = self.recipe.loss(
             Rows(
@@ -230,7 +278,7 @@ class LanguageTrainer(GRPOTrainer):
                 entropy=entropy,
                 weight=weight,
                 counts=self._counts(inputs),
-                extras={name.removeprefix(EXTRA): value for name, value in inputs.items() if name.startswith(EXTRA)},
+                extras=extras,
             )
         )
         accumulation = self.current_gradient_accumulation_steps
@@ -359,6 +407,8 @@ class LanguageTrainer(GRPOTrainer):
         half_used = self._step % (self.args.steps_per_generation * self.num_iterations)
         state = {"step": self._step, "ranks": ranks.count(), "batch": self._buffered_inputs if half_used else None}
         torch.save(state, self._generation_file(output_dir))
+        if self.teacher and ranks.is_main():
+            torch.save(self.teacher.state_dict(), Path(output_dir) / TEACHER)
         self.accelerator.wait_for_everyone()  # trainer_state.json, which says that a checkpoint is whole, comes next
 
     def _save_checkpoint(self, model, trial):
@@ -380,6 +430,9 @@ class LanguageTrainer(GRPOTrainer):
                 f"{checkpoint} lacks the state of rank {written.index(0)}; delete it to go on from the one before"
             )
         self._step, self._buffered_inputs = state["step"], state["batch"]
+        if self.teacher:
+            path = Path(checkpoint) / TEACHER
+            self.teacher.load_state_dict(torch.load(path, map_location=self.accelerator.device, weights_only=True))
 
     @staticmethod
     def _generation_file(checkpoint: str) -> Path:

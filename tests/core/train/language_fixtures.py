@@ -79,11 +79,16 @@ def early_end(completions):
     return [1 / (1 + n) if (n := len(completion.split())) < 8 else None for completion in completions]
 
 
+def has_colour(completions):
+    """Right or wrong: whether a colour is in it."""
+    return [float(any(word in completion.split() for word in ("red", "green", "blue"))) for completion in completions]
+
+
 def constant(completions):
     return [0.7 for _ in completions]
 
 
-no_colour_first.scope = early_end.scope = constant.scope = "batch"
+no_colour_first.scope = early_end.scope = has_colour.scope = constant.scope = "batch"
 
 
 def reward_named(name):
@@ -109,7 +114,7 @@ def language_trainer(
         outcome=rewards[0],
         recipe=recipe,
         config=config,
-        batch=configs.batch(config),
+        batch=configs.batch(config, extra_rollouts=recipe.extra_rollouts),
         output=Path(folder) / "ours",
         **more,
     )

@@ -1,4 +1,6 @@
-"""One update of LanguageTrainer on stored rollouts, for each of several recipes; the gradients go to the file argv[1].
+"""Two updates of LanguageTrainer on stored rollouts, for each recipe; the second's gradients go to the file argv[1].
+
+The second is off-policy, so that ratios, clips and guards count. Plain SGD: Adam would make steps of rounding errors.
 
 Run alone or under a launcher: `python two_ranks.py out.pt`, `python -m torch.distributed.run --nproc-per-node 2 ...`.
 """
@@ -17,17 +19,23 @@ from transformers import TrainerCallback
 
 from core import config as configs
 from core import ranks
-from core.objective.recipes import build
+from core.objective.recipes import RECIPES, build
 from core.scoring import Scorer
 from core.train.language import LanguageTrainer
 
-CASES = {
-    "dr_grpo": {"recipe": "dr_grpo"},
-    "dapo": {"recipe": "dapo"},
-    "cispo": {"recipe": "cispo"},
-    "grpo": {"recipe": "grpo", "reduction": "sequence_mean"},
-    "gdpo": {"recipe": "gdpo", "reduction": "sequence_mean"},
-    "gspo": {"recipe": "gspo", "reduction": "token_mean"},
+OPTIONS = {
+    "gate": "unsure_of_some",
+    "quality": "unsure_of_some",
+    "answers": "unsure_of_some",
+    "success": 0.5,
+    "correct": 0.5,
+}
+CASES = {  # every recipe of language policies whose reduction is exact
+    name: {"recipe": name, **{key: value for key, value in OPTIONS.items() if key in recipe.options}}
+    for name, recipe in RECIPES.items()
+    if "aligned" not in recipe.needs and not recipe.options["reduction"].endswith("_local")
+} | {
+    "gspo, token mean": {"recipe": "gspo", "reduction": "token_mean"},
     "dapo, batch scale": {"recipe": "dapo", "scale": "batch"},
 }
 
@@ -59,8 +67,10 @@ class Keep(TrainerCallback):
 
 
 def gradients(options: dict, micro: int) -> dict[str, torch.Tensor]:
-    config = settings(steps=1, prompts=4, group=4, micro=micro, passes=1, max_grad_norm=0.0)
-    config = replace(config, optim=replace(config.optim, max_grad_norm=0.0), trainer={"gradient_checkpointing": False})
+    recipe = build(options)
+    micro = 5 if recipe.extra_rollouts else micro
+    config = settings(steps=2, prompts=4, group=4, micro=micro, passes=2, lr=0.3, optim="sgd")
+    config = replace(config, optim=replace(config.optim, max_grad_norm=0.0))
     keep = Keep()
     rewards = {name: getattr(language_rewards, name) for name in ("spread", "unsure_of_some")}
     with tempfile.TemporaryDirectory() as folder, Scorer(rewards, workers=1) as scorer:
@@ -71,9 +81,9 @@ def gradients(options: dict, micro: int) -> dict[str, torch.Tensor]:
             scorer=scorer,
             weights=[1.0, 2.0],
             outcome="spread",
-            recipe=build(options),
+            recipe=recipe,
             config=config,
-            batch=configs.batch(config, ranks.count()),
+            batch=configs.batch(config, ranks.count(), recipe.extra_rollouts),
             output=Path(folder),
             callbacks=[keep],
         )

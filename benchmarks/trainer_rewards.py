@@ -1,4 +1,4 @@
-"""The one reward that both trainers are given: deterministic, cheap, almost never equal for two texts; no torch."""
+"""Rewards for timing: deterministic and cheap; no torch. `spread` is almost never equal for two texts."""
 
 import zlib
 
@@ -13,3 +13,15 @@ def spread(completion: str) -> float:
 @batched
 def spread_of_batch(completions: list[str]) -> list[float]:
     return [spread(completion) for completion in completions]
+
+
+@batched
+def right_of_batch(completions: list[str]) -> list[float]:
+    """1 or 0; about half of all texts are right."""
+    return [float(spread(completion) > 0.5) for completion in completions]
+
+
+@batched
+def fine_of_batch(completions: list[str]) -> list[float]:
+    """A second one, in tenths."""
+    return [round(spread(completion[::-1]), 1) for completion in completions]

@@ -26,17 +26,18 @@ def favour_unlikely(
     """The outcome of positive rollouts times 1 - rank_weight * (rank + rank_offset) / G; likely ones lose the most.
 
     rewards: (P, G, K) or (P, G, K, T), and returned so. rank: of a rollout's mean old log-probability in its group, 0 =
-    least likely, G - 1 = most; ties share their mean rank. rank_offset: 0 is the released code, 1 the text.
+    least likely, G - 1 = most; ties share their mean rank. Unscored rollouts have no rank and leave G. rank_offset: 0 is
+    the released code, 1 the text.
     In a group that is all right the ranks alone make spread: filter=outcome leaves such groups out.
     Source: arXiv 2506.02355; read in the authors' code, the text's form through third parties.
     """
-    likely = group.sequence_logps()
+    likely = group.sequence_logps().masked_fill(~group.scored, torch.nan)
     below = (likely.unsqueeze(1) < likely.unsqueeze(2)).sum(2)
     ties = (likely.unsqueeze(1) == likely.unsqueeze(2)).sum(2)
-    rank = below + (ties - 1) / 2
-    factor = 1 - rank_weight * (rank + rank_offset) / rank.shape[1]
+    rank = (below + (ties - 1) / 2).to(rewards.dtype)
+    factor = 1 - rank_weight * (rank + rank_offset) / group.scored.sum(dim=1, keepdim=True).clamp(min=1)
     outcome = rewards[:, :, group.outcome_index]
-    factor = factor.to(rewards.dtype).view(*factor.shape, *[1] * (outcome.dim() - 2))
+    factor = factor.view(*factor.shape, *[1] * (outcome.dim() - 2))
     shaped = rewards.clone()
     shaped[:, :, group.outcome_index] = torch.where(outcome > 0, outcome * factor, outcome)
     return shaped
@@ -65,11 +66,14 @@ def decoupled_sum(rewards: Tensor, group: Group, *, ddof: Literal[0, 1] = 1, eps
 def gated_mean(rewards: Tensor, group: Group, *, gate: str = "safety", passing: float = 0.5) -> Tensor:
     """The weighted mean of the components that apply, times the sum of weights; where the gate is below `passing`, gate - 1.
 
-    rewards: (P, G, K) or (P, G, K, T) in [0, 1]. Returns (P, G) or (P, G, T); NaN where no component applies.
+    rewards: (P, G, K) or (P, G, K, T) in [0, 1]. Returns (P, G) or (P, G, T); NaN where no component with a weight applies.
     gate: the component that decides. What it stops ranks below all it lets through, whatever the others say; where it
     does not apply it stops nothing.
-    Raises ValueError if no component has that name. Source: arXiv 2503.21819 names the axes; the formula is ours.
+    Raises ValueError if no component has that name, or if a weight is negative.
+    Source: arXiv 2503.21819 names the axes; the formula is ours.
     """
+    if (group.weights < 0).any():
+        raise ValueError(f"a gate needs weights >= 0, and one is {group.weights.min():g}; reward the opposite instead")
     missing = rewards.isnan()
     weights = group.weights.view(-1, *[1] * (rewards.dim() - 3))
     present = torch.where(missing, 0.0, weights).sum(dim=2)
@@ -79,6 +83,6 @@ def gated_mean(rewards: Tensor, group: Group, *, gate: str = "safety", passing: 
 
 
 def _total(values: Tensor, weights: Tensor, missing: Tensor) -> Tensor:
-    """(P, G, K, ...) -> (P, G, ...): weighted nansum over K; NaN where all K are missing."""
-    total = (values * weights.view(-1, *[1] * (values.dim() - 3))).nansum(dim=2)
-    return total.masked_fill(missing.all(dim=2), torch.nan)
+    """(P, G, K, ...) -> (P, G, ...): weighted nansum over K; NaN where all that have a weight are missing."""
+    weights = weights.view(-1, *[1] * (values.dim() - 3))
+    return (values * weights).nansum(dim=2).masked_fill((missing | (weights == 0)).all(dim=2), torch.nan)

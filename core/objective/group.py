@@ -2,7 +2,8 @@
 
 P prompts, G rollouts per prompt, B = P * G rows (row p * G + g is rollout g of prompt p), T decisions, K components.
 NaN in `rewards` means "this component does not apply here". A rollout of which every component is NaN, or whose check
-failed, is *unscored*: it is out of every baseline, and gets advantage 0 and keep 0.
+failed, is *unscored*: it is out of every baseline, and gets advantage 0 and keep 0. Components of weight 0 do not count
+in this: recipes may look at them by name.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Group:
     names: K component names. outcome: index of the component that is the task's own success.
     task: (P,) int, which task a prompt belongs to; None = all the same.
     model: answers what rewards and log-probabilities do not hold. seed: of what a recipe draws; the same on all ranks.
-    Raises ValueError for shapes that do not fit, infinite rewards or weights, and (P, G, K, T) on an unaligned group.
+    Raises ValueError for shapes that do not fit, old_logps without a mask, infinite rewards or weights, and (P, G, K, T)
+    on an unaligned group.
     """
 
     rewards: Tensor
@@ -86,6 +88,11 @@ class Group:
             ):
                 decisions = shape[3] if len(shape) == 4 else "T"
                 raise ValueError(f"{name} has shape {tuple(rows.shape)}; expected ({prompts * size}, {decisions})")
+        if self.old_logps is not None and (self.mask is None or self.mask.shape != self.old_logps.shape):
+            mask = None if self.mask is None else tuple(self.mask.shape)
+            raise ValueError(f"old_logps of shape {tuple(self.old_logps.shape)} need a mask of that shape, not {mask}")
+        if self.task is not None and self.task.shape != (prompts,):
+            raise ValueError(f"task has shape {tuple(self.task.shape)}; expected {(prompts,)}")
         for k in range(components):
             if self.rewards[:, :, k].isinf().any() or not self.weights[k].isfinite():
                 what = "weight" if not self.weights[k].isfinite() else "reward"
@@ -93,14 +100,15 @@ class Group:
 
     @property
     def scored(self) -> Tensor:
-        """(P, G) bool: rollouts with at least one component that applies."""
-        return ~self.rewards.isnan().flatten(2).all(dim=2)
+        """(P, G) bool: rollouts to which at least one component applies that has a weight."""
+        counted = self.rewards[:, :, self.weights != 0]
+        return ~counted.isnan().flatten(2).all(dim=2)
 
     @property
     def outcome_index(self) -> int:
         """Which component is the task's own success. Raises ValueError if none is."""
         if self.outcome is None:
-            raise ValueError("this objective looks at the outcome component, and the group names none")
+            raise ValueError("this objective looks at the outcome component, and the group names none; set outcome=")
         return self.outcome
 
     def index(self, name: str) -> int:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # workers get the parent's sys.p
 import language_rewards
 from language_fixtures import PROMPTS, language_trainer, logged, model, one_worker, same, settings, train
 
-from core.config import ConfigError
+from core.config import ConfigError, Launch
 from core.objective.recipes import RECIPES, build
 from core.objective.reduction import reduce_loss
 from core.train import language
@@ -206,8 +206,11 @@ def test_merged_lora_weights_have_trl_s_names_and_bits_and_leave_the_base_as_it_
 
 
 def test_a_recipe_that_needs_what_the_trainer_cannot_give_is_refused(ours):
-    with pytest.raises(ConfigError, match="recipe grpo needs a teacher, which the language trainer cannot give"):
-        ours(replace(RECIPES["grpo"], needs=frozenset({"a teacher", "whole_rollouts"})))
+    with pytest.raises(ConfigError, match=r"recipe grpo needs a reward per decision .*: the language trainer cannot give"):
+        ours(replace(RECIPES["grpo"], needs=frozenset({"aligned", "whole_rollouts"})))
+    config = replace(settings(), launch=Launch(strategy="fsdp"))
+    with pytest.raises(ConfigError, match=r"sample_routed has a teacher .* use launch.strategy=ddp"):
+        ours(RECIPES["sample_routed"], config=config, rewards=("has_colour",))
 
 
 def test_fewer_prompts_than_a_generation_batch_are_refused(ours):
@@ -246,7 +249,7 @@ OVERRIDDEN = {  # method -> the parameters it is called with
 }
 CALLED = {  # method -> the parameters that are given by name or place
     "_get_per_token_logps_and_entropies": (
-        "model", "input_ids", "attention_mask", "logits_to_keep", "compute_entropy", "compute_aux_loss",
+        "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy", "compute_aux_loss",
         *language.MULTIMODAL,
     ),
     "get_off_policy_mask": (
@@ -256,9 +259,9 @@ CALLED = {  # method -> the parameters that are given by name or place
 }  # fmt: skip
 ATTRIBUTES = (  # read or written: self.<name> of the trainer
     "_buffered_inputs", "_entropy_bonus_enabled", "_entropy_window_stats", "_last_world_entropy", "_metrics", "_step",
-    "accelerator", "args", "aux_loss_enabled", "current_gradient_accumulation_steps", "entropy_coef",
+    "accelerator", "add_callback", "args", "aux_loss_enabled", "current_gradient_accumulation_steps", "entropy_coef",
     "max_completion_length", "model", "num_generations", "num_iterations", "off_policy_mask_threshold",
-    "processing_class", "reward_weights",
+    "processing_class", "reward_weights", "temperature",
     "router_aux_loss_coef", "state", "top_entropy_quantile", "use_adaptive_entropy", "use_vllm", "vllm_generation",
     "vllm_importance_sampling_correction",
 )  # fmt: skip
@@ -266,7 +269,7 @@ ARGUMENTS = (
     "seed", "generation_batch_size", "steps_per_generation", "gradient_accumulation_steps", "entropy_target",
     "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max",
 )  # fmt: skip
-OURS = {"guard", "rows", "scorer", "recipe", "outcome", "run_control", "on_rollouts", "weights", "_judged"}
+OURS = {"guard", "rows", "teacher", "scorer", "recipe", "outcome", "run_control", "on_rollouts", "weights", "_judged"}
 ROWS = (  # keys of what _generate_and_score_completions returns
     "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "old_per_token_logps",
     "ref_per_token_logps", "sampling_per_token_logps", "importance_sampling_ratio", "tool_mask",
@@ -276,6 +279,11 @@ LINES = {  # method -> text that must stand in its source, because ours relies o
         "self._step % self.args.steps_per_generation",
         "shuffle_sequence_dict(generation_batch)",
         "self._buffered_inputs = [",
+    ),
+    "_get_per_token_logps_and_entropies": (  # core.train.asked.Whole stands in for the model
+        "outputs = model(**model_inputs, labels=labels, fused_lm_head=True)",
+        "all_logps.append(outputs.log_probs[:, -logits_to_keep:])",
+        "all_entropies.append(outputs.entropy[:, -logits_to_keep:])",
     ),
     "training_step": ("self._step += 1",),
     "compute_loss": ("self._compute_loss(model, inputs)",),

@@ -17,7 +17,7 @@ OPTIONS = --app $(APP) $(if $(CONFIG),--config $(CONFIG)) $(if $(DATA),--data "$
           $(if $(TASK),--task $(TASK)) $(if $(SEED),--seed $(SEED)) $(if $(RUN),--run "$(RUN)") $(if $(SET),--set '$(SET)')
 RUN_CORE = $(BIN)/python -P -m core.main
 
-.PHONY: help setup train eval predict report check apps recipes new test test-slow lint results bench clean
+.PHONY: help setup train eval predict report check apps recipes docs new test test-slow lint results bench clean
 help:  ## print these lines
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -41,8 +41,11 @@ check: .venv/.app-$(APP)  ## score APP's gold answers and the attacks on its rew
 apps: .venv/.app-$(APP)  ## list the apps
 	@$(RUN_CORE) apps
 
-recipes: .venv/.app-$(APP)  ## list the recipes: what each changes, its source and grade
-	@$(RUN_CORE) recipes
+recipes: .venv/.app-$(APP)  ## list the recipes: what each changes, sets and needs, its source and grade; NAME= describes one
+	@$(RUN_CORE) recipes $(if $(NAME),--name $(NAME))
+
+docs: .venv/.app-$(APP)  ## write docs/recipes.md from the recipes
+	$(RUN_CORE) recipes --write docs/recipes.md
 
 new: .venv/.app-$(APP)  ## write the two files of a new app, APP=its name
 	$(RUN_CORE) new --app $(APP)

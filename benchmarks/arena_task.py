@@ -48,7 +48,7 @@ def problems() -> list[Row]:
 
 
 def label(row: Row, draw: random.Random) -> str:
-    """What the annotator writes: the answer, the sum without one of its carries, or a number that is one off in a digit."""
+    """What the annotator writes: the answer, the sum without one of its carries, or one off in its units or tens."""
     answer = int(row["answer"])
     if draw.random() < RIGHT[row["carries"]]:
         return str(answer)
@@ -59,7 +59,7 @@ def label(row: Row, draw: random.Random) -> str:
 
 
 def demonstrations(seed: int, labels: int) -> tuple[list[str], list[str]]:
-    """(prompts, completions) to imitate: of each prompt that is not held out `labels` labels, and every second again as a copy."""
+    """(prompts, completions) to imitate: `labels` labels of each prompt not held out, every second one also to copy."""
     draw, prompts, completions = random.Random(seed), [], []
     for row in problems():
         if not row["held_out"]:
@@ -119,9 +119,9 @@ class Answers:
 @torch.no_grad()
 def right_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> Answers:
     """In one forward pass. Greedy decoding gives the answer if and only if each of its tokens is the likeliest."""
-    prompts = torch.tensor(tokenizer([row["prompt"] for row in rows])["input_ids"])
+    prompts = torch.tensor(tokenizer([row["prompt"] for row in rows])["input_ids"], device=model.device)
     answers = tokenizer([row["answer"] + END for row in rows], padding=True, padding_side="right", return_tensors="pt")
-    ids, mask = answers["input_ids"], answers["attention_mask"].bool()
+    ids, mask = answers["input_ids"].to(model.device), answers["attention_mask"].to(model.device).bool()
     training = model.training
     model.eval()
     logits = model(input_ids=torch.cat([prompts, ids], dim=1), logits_to_keep=ids.shape[1] + 1).logits[:, :-1]

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -68,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
     commands = parse.add_subparsers(dest="command", required=True)
     for name, text in HELP.items():
         command = commands.add_parser(name, help=text, description=text)
+        if name == "recipes":
+            command.add_argument("--name", help="one recipe whole, or several as one: gdpo+gspo")
+            command.add_argument("--write", type=Path, metavar="FILE", help="write the page on all of them")
         if name in ("apps", "recipes"):
             continue
         command.add_argument("--app", required=True, help="a folder of apps/")
@@ -104,7 +108,7 @@ HELP = {
     "check": "score gold answers and attacks; loads no model",
     "new": "write the two files of a new app",
     "apps": "list the apps",
-    "recipes": "list the recipes",
+    "recipes": "list the recipes, or describe one of them",
 }
 
 
@@ -278,15 +282,20 @@ def list_apps(options: argparse.Namespace) -> int:
 
 
 def list_recipes(options: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
+    from core.objective import family
+    from core.objective.recipes import build
 
-    from core.objective.recipes import RECIPES
-
-    table = Table("recipe", "what it changes", "needs", "grade", "source")
-    for recipe in RECIPES.values():
-        table.add_row(recipe.name, recipe.summary, ", ".join(sorted(recipe.needs)) or "-", recipe.grade, recipe.source)
-    Console().print(table)
+    width = max(100, min(120, shutil.get_terminal_size((110, 0)).columns))
+    if options.write:
+        options.write.write_text(family.page())
+        print(options.write)
+    elif options.name:
+        try:
+            print(family.describe(build({"recipe": options.name.split("+")}), width))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    else:
+        print(family.table(width))
     return 0
 
 

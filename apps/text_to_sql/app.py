@@ -109,7 +109,11 @@ APP = App(
     part=part,
     gold=prompts.answer,
     rewards=composite(rewards.ORDERED),
-    presets={"reasoning_sql": composite(rewards.REASONING_SQL), "llm_judge": composite(JUDGED)},
+    presets={
+        "reasoning_sql": composite(rewards.REASONING_SQL),
+        "llm_judge": composite(JUDGED),
+        "answers": composite(rewards.ORDERED) | {"answer": (0.0, rewards.result_identity)},
+    },
     outcome="execution_match",
     warnings=warnings,
     metrics={

@@ -38,8 +38,8 @@ def group_advantages(
     baseline: mean of the group; mean of the *other* rollouts of the group; tau * log(mean(exp(r / tau))) of the group,
     which leans towards the best; mean of the batch; none.
     scale: standard deviation (divisor n - ddof) of the group or of the batch, plus eps; none.
-    Returns the shape of `reward`, finite: 0 for unscored rollouts and, with a baseline of the group, for groups
-    without spread and for a group's only scored rollout.
+    Returns the shape of `reward`, finite: 0 for unscored rollouts and, with a baseline, where the group (baseline=batch:
+    the batch) has no spread or only one scored rollout.
     Raises ValueError if G < 2 and a statistic of the group is asked for.
     Source: arXiv 2402.03300 (mean, group), 2402.14740 (leave one out), 2503.20783 (no scale); read in TRL 1.16's code;
     2509.24203 (log_mean_exp), read in the authors' code.
@@ -58,13 +58,15 @@ def group_advantages(
     elif baseline == "log_mean_exp":
         scored = (~reward.isnan()).sum(dim=1, keepdim=True)
         total = (reward / tau).masked_fill(reward.isnan(), -torch.inf).logsumexp(dim=1, keepdim=True)
-        centred = reward - tau * (total - scored.log())
+        centred = reward - tau * (total - scored.to(reward.dtype).log())
     elif baseline == "batch":
         centred = reward - torch.nanmean(batch, dim=0)
     else:
         centred = reward
     if within_group:
         centred = torch.where(no_spread(reward), 0.0, centred)
+    elif baseline == "batch":
+        centred = torch.where(no_spread(batch.unsqueeze(0))[0], 0.0, centred)
     if scale == "group":
         centred = centred / (_nanstd(reward, 1, ddof) + eps)
     elif scale == "batch":
@@ -83,15 +85,18 @@ def virtual_maximum(
 ) -> Tensor:
     """Group advantages as if `virtual` more rollouts had reached the highest reward there can be.
 
-    reward: (P, G) or (P, G, T), G >= 1; returns the shape. highest: None = the sum of the weights, which components in
-    [0, 1] cannot exceed. A group that is all wrong is pushed away, one at the highest gets exactly 0. Advantages do not
-    sum to 0: the virtual rollouts take the rest.
+    reward: (P, G) or (P, G, T), G >= 1; returns the shape. highest: None = the sum of the positive weights, which
+    components in [0, 1] cannot exceed; rewards within rounding error of it (1e-6, relative above 1) are at it. A group
+    that is all wrong is pushed away, one at the highest gets exactly 0. Advantages do not sum to 0: the virtual rollouts
+    take the rest.
     Raises ValueError for a reward above the highest. Source: arXiv 2509.18851; read in the authors' code, which leaves
     the virtual rollout out at G = 1.
     """
     top = group.weights.clamp(min=0).sum().to(reward) if highest is None else reward.new_tensor(highest)
-    if (reward > top + 1e-6).any():
+    rounding = 1e-6 * top.abs().clamp(min=1.0)
+    if (reward > top + rounding).any():
         raise ValueError(f"reward {reward[reward > top].max():g} is above highest={top:g}; set objective.highest")
+    reward = torch.where(reward >= top - rounding, top, reward)
     scored = (~reward.isnan()).sum(dim=1, keepdim=True)
     count = scored + virtual
     mean = (reward.nansum(dim=1, keepdim=True) + virtual * top) / count
@@ -107,10 +112,12 @@ def median_advantages(
     """Rewards minus the group's median, divided by the median absolute deviation; and keep, which drops the median.
 
     reward: (P, n), n odd: one rollout more than are trained on, so that the median is a rollout (the first one that has
-    it), which is dropped. Returns (P, n) and (P, n) bool.
-    mad_floor: least deviation to divide by; 0 is the released code. None = where it is 0, the group's standard deviation:
-    of right-or-wrong rewards it always is 0, and eps alone would make advantages of 1000.
-    rebalance: times n / (rollouts whose advantage is not 0).
+    it), which is dropped. Returns (P, n) and (P, n) bool. Where an unscored rollout leaves an even number, the median is
+    the lower of the two in the middle.
+    mad_floor: least deviation to divide by; 0 is the released code. None = where it is 0 but for rounding (below 1e-5 of
+    the group's standard deviation), that deviation instead: of right-or-wrong rewards it always is 0, and eps alone would
+    make advantages of 1000.
+    rebalance: times n / (rollouts whose advantage is not 0), n and rollouts being the scored ones.
     Raises ValueError for even n and for rewards per decision, whose medians are different rollouts.
     Source: arXiv 2601.22582; read in the authors' code. The fallback and the first of ties are ours.
     """
@@ -123,7 +130,8 @@ def median_advantages(
     median = reward.nanmedian(dim=1, keepdim=True).values
     scale = (reward - median).abs().nanmedian(dim=1, keepdim=True).values
     if mad_floor is None:
-        scale = torch.where(scale > 0, scale, _nanstd(reward, 1, ddof=1))
+        deviation = _nanstd(reward, 1, ddof=1)
+        scale = torch.where(scale > 1e-5 * deviation, scale, deviation)
     else:
         scale = scale.clamp(min=mad_floor)
     advantage = torch.nan_to_num((reward - median) / (scale + eps), nan=0.0)
@@ -134,11 +142,12 @@ def median_advantages(
     return advantage, torch.ones_like(reward, dtype=torch.bool).scatter(1, pivot, False)
 
 
-def quantile_advantages(reward: Tensor, group: Group, *, resolution: float = 0.0) -> Tensor:
+def quantile_advantages(reward: Tensor, group: Group, *, resolution: float = 1e-6) -> Tensor:
     """The standard normal's quantiles at (rank - 1/2) / G; equal rewards share the mean of theirs.
 
     reward: (P, G) or (P, G, T); returns the shape. Only the order matters: no outlier and no scale gets through, and a
-    difference of .001 counts as much as one of 1. resolution: rewards are rounded to multiples of it first; 0 = not.
+    difference of .001 counts as much as one of 1. resolution: rewards are rounded to multiples of it first; the default
+    only undoes the rounding errors of sums, which would count as much; 0 = not.
     Without ties the variance comes near 1 as G grows (.77 at G = 5); ties shrink it (.34 for one success in eight).
     Source: arXiv 2604.08539; read in the text. The rounding is ours.
     """
@@ -146,9 +155,10 @@ def quantile_advantages(reward: Tensor, group: Group, *, resolution: float = 0.0
         reward = torch.round(reward / resolution) * resolution
     scored = ~reward.isnan()
     count = scored.sum(dim=1, keepdim=True)
-    place = torch.arange(1, reward.shape[1] + 1, device=reward.device).view(1, -1, *[1] * (reward.dim() - 2))
+    place = torch.arange(1, reward.shape[1] + 1, dtype=reward.dtype, device=reward.device)
+    place = place.view(1, -1, *[1] * (reward.dim() - 2))
     share = (place - 0.5) / count.clamp(min=1)
-    quantiles = torch.special.ndtri(torch.where(place <= count, share, 0.5).to(reward.dtype))
+    quantiles = torch.special.ndtri(torch.where(place <= count, share, 0.5))
     upto = torch.cat([torch.zeros_like(quantiles[:, :1]), quantiles.cumsum(dim=1)], dim=1)
     below = (reward.unsqueeze(1) < reward.unsqueeze(2)).sum(dim=2)
     ties = (reward.unsqueeze(1) == reward.unsqueeze(2)).sum(dim=2)
@@ -181,7 +191,7 @@ def anchored_values(
     anchored: int | None = None,
     limit: float = 5.0,
     ddof: Literal[0, 1] = 0,
-    eps: float = 0.0,
+    eps: float = 1e-4,
 ) -> Tensor:
     """Advantages of discounted sums of rewards to the end, decision by decision, plus a share of the sums themselves.
 
@@ -189,8 +199,8 @@ def anchored_values(
 
     reward: (P, G, T), not negative; returns the shape, in [-limit, limit]. Where a group has no spread only the second
     term is left, an equal push on all of it, right or wrong: keep `anchor` small. anchored: how many decisions, from
-    the first, have that term; None = all.
-    Raises ValueError for one reward per rollout and for negative rewards, whose step weights mean nothing.
+    the first, have that term; None = all. A decision without a reward adds 0 to the sums before it, and gets 0.
+    Raises ValueError for one reward per rollout, for negative rewards, whose step weights mean nothing, and if G < 2.
     Source: arXiv 2512.12387 through third parties (structure); the exact mixture is ours.
     """
     if reward.dim() != 3:
@@ -203,7 +213,7 @@ def anchored_values(
     while shift < value.shape[2]:  # doubles: log2(T) passes
         value = value + gamma**shift * torch.nn.functional.pad(value[:, :, shift:], (0, shift))
         shift *= 2
-    mean = value.mean(dim=2, keepdim=True)
+    mean = value.masked_fill(reward.isnan(), torch.nan).nanmean(dim=2, keepdim=True)
     weight = torch.where(mean > 0, value / mean, 1.0)
     value = value.masked_fill(reward.isnan(), torch.nan)
     advantage = weight * group_advantages(value, ddof=ddof, eps=eps)
@@ -216,10 +226,9 @@ def anchored_values(
 def keep_groups(group: Group, *, filter: Filter = "none", success: float = 1.0) -> Tensor:
     """Which rollouts stay in the loss: all; those of groups whose *outcome* has spread; all but groups that are all right.
 
-    Returns (P, 1) or (P, G) bool. all_right leaves groups out in which every scored rollout reached `success`.
-    The outcome decides alone, by exact equality: spread in other components does not
-    save a group. A dropped row leaves the counts, so the step does not shrink (the effect of dynamic sampling in
-    arXiv 2503.14476, read in its text, without sampling again).
+    Returns (P, 1) bool. all_right leaves groups out in which every scored rollout reached `success`. The outcome decides
+    alone, by exact equality: spread in other components does not save a group. A dropped row leaves the counts, so the
+    step does not shrink (the effect of dynamic sampling in arXiv 2503.14476, read in its text, without sampling again).
     Raises ValueError if there is a filter and the group names no outcome.
     """
     if filter == "none":

@@ -79,7 +79,7 @@ def gated_mean(rewards: Tensor, group: Group, *, gate: str = "safety", passing: 
     present = torch.where(missing, 0.0, weights).sum(dim=2)
     mean = _total(rewards, group.weights, missing) * group.weights.sum() / present
     decides = rewards[:, :, group.index(gate)]
-    return torch.where(decides < passing, decides - 1, mean)
+    return torch.where((decides < passing) & ~mean.isnan(), decides - 1, mean)
 
 
 def _total(values: Tensor, weights: Tensor, missing: Tensor) -> Tensor:

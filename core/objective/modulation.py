@@ -268,7 +268,7 @@ def gate_entropy(
     tokens = surprise.new_zeros(tasks).index_add(0, row_task, mask.sum(1).to(surprise.dtype))
     entropy = surprise.new_zeros(tasks).index_add(0, row_task, surprise.sum(1)) / tokens.clamp(min=1)
     way = (entropy > entropy_high).to(surprise.dtype) - (entropy < entropy_low).to(surprise.dtype)
-    bound = torch.where(way > 0, entropy_high, entropy_low).to(surprise.dtype)
+    bound = torch.full_like(way, entropy_low).masked_fill(way > 0, entropy_high)
     gate = torch.where(tokens > 0, way * keep.sum() / tokens, 0.0)
     return {"entropy_gate": gate[row_task], "entropy_bound": bound[row_task]}
 

@@ -24,7 +24,7 @@ Reduction = Literal["token_mean", "sequence_mean", "fixed_length", "token_mean_l
 def reduce_loss(per_decision: Tensor, rows: Rows, *, reduction: Reduction = "sequence_mean") -> Loss:
     """The reduced loss of (B, T), or of (B, 1) standing for every decision of its row; dropped ones leave no trace.
 
-    Counts are at least 1, so an empty micro-batch or update gives 0.
+    A count of 0 becomes 1, so an empty micro-batch or update gives 0. Shares of a count may be less than 1 (`Counts`).
     Source: token_mean arXiv 2503.14476, sequence_mean 2402.03300, fixed_length 2503.20783; all read in TRL 1.16's code.
     """
     mask, counts = rows.loss_mask, rows.counts
@@ -37,11 +37,17 @@ def reduce_loss(per_decision: Tensor, rows: Rows, *, reduction: Reduction = "seq
         kept = mask.sum() if local else counts.tokens if reduction == "token_mean" else counts.rows * counts.max_length
     # A tensor, because CUDA divides by a Python number through its reciprocal, which costs the last bit.
     count = torch.as_tensor(kept, dtype=torch.promote_types(total.dtype, torch.float32), device=total.device)
-    return Loss(sum=total, count=count.clamp(min=1.0), local=local)
+    return Loss(sum=total, count=_or_one(count), local=local)
 
 
 def add_row_mean(loss: Loss, per_row: Tensor, rows: Rows) -> Loss:
     """The loss plus the mean of (B,) over kept rows: of the update, or of the micro-batch if the loss is local."""
-    kept = torch.ones_like(per_row) if rows.keep is None else rows.keep.to(per_row.dtype)
-    count = kept.sum() if loss.local else torch.as_tensor(rows.counts.rows, dtype=per_row.dtype, device=per_row.device)
-    return replace(loss, sum=loss.sum + (per_row * kept).sum() * loss.count / count.clamp(min=1.0))
+    if rows.keep is not None:
+        per_row = torch.where(rows.keep.bool(), per_row, 0.0)
+    kept = rows.counts.rows if not loss.local else len(per_row) if rows.keep is None else rows.keep.sum()
+    count = torch.as_tensor(kept, dtype=loss.count.dtype, device=per_row.device)
+    return replace(loss, sum=loss.sum + per_row.sum() * loss.count / _or_one(count))
+
+
+def _or_one(count: Tensor) -> Tensor:
+    return torch.where(count > 0, count, 1.0)

@@ -76,8 +76,8 @@ def distance_to_sampler(
 ) -> tuple[Tensor, Metrics]:
     """penalty * (logp - old_logp)^2, or -penalty * logp, whose mean is KL(sampler || policy) but for a constant; (B, T).
 
-    Not clipped and not weighted. k2 is 0 on fresh data, forward_kl imitates whatever was sampled, right or wrong: the
-    same as a baseline lowered by the penalty.
+    Not clipped and not weighted. k2 is 0 on fresh data. forward_kl imitates whatever was sampled, right or wrong: beside
+    REINFORCE without a ratio the same as a baseline lowered by the penalty; on fresh data its expected gradient is 0.
     Source: arXiv 2509.24203 (OPMD's and AsymRE's regularizers); read in the authors' code.
     """
     term = rows.log_ratio**2 if toward == "k2" else -rows.logps
@@ -101,10 +101,10 @@ def guard_likelihood(
     else:
         starts = mask & ~torch.nn.functional.pad(mask[:, :-1], (1, 0))
         turn = starts.long().cumsum(dim=1) if level == "turn" else torch.zeros_like(mask, dtype=torch.long)
-        sums = torch.zeros_like(fall[:, :1]).expand(-1, mask.shape[1] + 1).scatter_add(1, turn, fall.detach())
+        sums = fall.new_zeros(len(fall), fall.shape[1] + 1).scatter_add(1, turn, fall.detach())
         gate = sums.gather(1, turn) > 0
     guarded = (gate & mask).to(fall.dtype) * torch.relu(fall)
-    weight = rows.extras["protected"].to(fall.dtype)
+    weight = rows.extra("protected").to(fall.dtype)
     return penalty * weight * guarded.sum(dim=1), {"guarded": rows.masked_mean(gate.float())}
 
 
@@ -112,9 +112,9 @@ def entropy_band(rows: Rows, *, band_coef: float = 0.01) -> tuple[Tensor, Metric
     """band_coef * (max(0, H - high) + max(0, low - H)) of every task, H being the mean of -logp; (B,).
 
     Wants `entropy_gate` and `entropy_bound` in the extras: which side a task is on was decided once for the batch. The
-    gradient is that of -logp of what was sampled, not of the entropy.
+    gradient is that of -logp of what was sampled, not of the entropy: on fresh data its expectation is 0, like that of k1.
     Source: arXiv 2604.08539; read in the text, which does not give the coefficient.
     """
-    bound = rows.extras["entropy_bound"].to(rows.logps.dtype).unsqueeze(1)
+    bound = rows.extra("entropy_bound").to(rows.logps.dtype).unsqueeze(1)
     beyond = ((-rows.logps - bound) * rows.loss_mask).sum(dim=1)
-    return band_coef * rows.extras["entropy_gate"].to(rows.logps.dtype) * beyond, {}
+    return band_coef * rows.extra("entropy_gate").to(rows.logps.dtype) * beyond, {}

@@ -94,6 +94,12 @@ class Rows:
         mask = self.loss_mask
         return torch.exp(((self.log_ratio * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).unsqueeze(-1))
 
+    def extra(self, name: str) -> Tensor:
+        """One of `extras`. Raises ValueError if the trainer did not hand it on."""
+        if name not in self.extras:
+            raise ValueError(f"rows have no extra {name!r}, which this loss looks at (extras: {', '.join(self.extras)})")
+        return self.extras[name]
+
     def settled(self) -> Rows:
         """The same rows with `old_logps` filled in and zeros where no loss is carried.
 
@@ -104,7 +110,9 @@ class Rows:
         old = self.logps.detach() if self.old_logps is None else self.old_logps
 
         def zeroed(values: Tensor | None) -> Tensor | None:
-            return None if values is None else torch.where(used, values, 0.0)
+            if values is None:
+                return None
+            return torch.where(used if values.shape == used.shape else used.any(dim=1, keepdim=True), values, 0.0)
 
         return replace(
             self,
@@ -112,6 +120,7 @@ class Rows:
             old_logps=zeroed(old),
             ref_logps=zeroed(self.ref_logps),
             entropy=zeroed(self.entropy),
+            weight=zeroed(self.weight),
         )
 
     def masked_mean(self, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -150,9 +150,9 @@ def taught_or_clipped(
     Source: arXiv 2604.02288; read in the text.
     """
     clipped, metrics = _clipped(rows, rows.token_ratio, epsilon_low, epsilon_high, delta)
-    weight = rows.extras["distillation_weight"]
-    taught = weight > 0
-    distance = torch.where(taught, rows.extras["distillation"], 0.0)
+    weight = rows.extra("distillation_weight")
+    taught = (weight > 0) & rows.loss_mask.bool()
+    distance = torch.where(taught, rows.extra("distillation"), 0.0)
     metrics["taught"] = rows.masked_mean(taught.float())
     metrics["distillation"] = (distance.detach().sum().float(), taught.sum().float())
     return torch.where(taught, weight * distance, clipped), metrics
@@ -181,7 +181,8 @@ def _clipped(
 def _ratio_metrics(rows: Rows, ratio: Tensor) -> Metrics:
     """`ratio` and `ratio_deviation` (mean of |ratio - 1|); `ratio_deviation_max`, whose mean is over micro-batches."""
     deviation = (ratio.detach() - 1).abs()
-    largest = deviation.max()  # settled rows have ratio 1 where no loss is carried
+    # Settled rows have ratio 1 where no loss is carried.
+    largest = deviation.max() if deviation.numel() else deviation.sum()
     return {
         "ratio": rows.masked_mean(ratio),
         "ratio_deviation": rows.masked_mean(deviation),

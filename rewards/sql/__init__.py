@@ -9,6 +9,7 @@ from rewards.sql.attacks import CANARIES
 from rewards.sql.composite import ORDERED, REASONING_SQL, is_ordered
 from rewards.sql.execution import executes, execution_match
 from rewards.sql.extract import TEMPLATES, extract_sql, format_ok, in_template
+from rewards.sql.identity import result_identity
 from rewards.sql.judge import judge
 from rewards.sql.official import spider_execution
 from rewards.sql.overlap import ngram_overlap, schema_overlap
@@ -27,6 +28,7 @@ __all__ = [
     "is_ordered",
     "judge",
     "ngram_overlap",
+    "result_identity",
     "schema_overlap",
     "spider_execution",
     "structure_match",

@@ -87,18 +87,27 @@ def did_not_run(error: QueryError) -> Score:
 
 def execution_match(completion: str, *, sql: str, database: str) -> Score:
     """1 if the completion's query returns gold's rows (in gold's order where gold orders), else 0."""
+    return judged(completion, sql, database)[0]
+
+
+def judged(completion: str, sql: str, database: str) -> tuple[Score, Result | None]:
+    """The score of `execution_match`, and what the completion's query returned; None if it returned nothing."""
     gold = gold_result(database, sql)
     if isinstance(gold, Score):
-        return gold
+        return gold, None
     predicted = extract_sql(completion)
     if predicted is None:
-        return Score(0.0, "no_sql")
+        return Score(0.0, "no_sql"), None
     try:
         found = result_of(database, predicted)
     except QueryError as error:
-        return did_not_run(error)
+        return did_not_run(error), None
     except DatabaseUnavailable as error:
-        return Score(FAILED, "database_unavailable", str(error))
+        return Score(FAILED, "database_unavailable", str(error)), None
+    return _compared(found, gold, sql, database), found
+
+
+def _compared(found: Result, gold: Result, sql: str, database: str) -> Score:
     if len(found.columns) != len(gold.columns):
         return Score(0.0, "wrong_columns", f"{len(found.columns)} columns, gold has {len(gold.columns)}")
     ours, theirs = aligned(found.rows, gold.rows)

@@ -13,6 +13,7 @@ import torch
 from core import app as apps
 from core import config as configs
 from core.main import COMMANDS, HELP, command, main, parser, resolved, run_path
+from core.objective import family
 from core.ranks import OtherRankFailed
 from core.run.folder import RunFolder
 from core.run.stopping import Stopped
@@ -54,11 +55,36 @@ def test_a_dry_run_prints_config_and_batch_and_touches_nothing(capsys, home):
     assert list(home.iterdir()) == []
 
 
-def test_apps_and_recipes_are_listed(capsys):
+def test_apps_are_listed(capsys):
     assert main(["apps"]) == 0
     assert "text_to_sql" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("columns", "width"), [("60", 100), ("110", 110), ("400", 120)])
+def test_recipes_are_listed_as_wide_as_the_terminal_within_limits(capsys, monkeypatch, columns, width):
+    monkeypatch.setenv("COLUMNS", columns)
     assert main(["recipes"]) == 0
-    assert "dr_grpo" in capsys.readouterr().out
+    assert capsys.readouterr().out == family.table(width) + "\n"
+
+
+def test_one_recipe_or_a_combination_is_described(capsys):
+    assert main(["recipes", "--name", "ngrpo"]) == 0
+    assert "virtual: 1    (a whole number from 1 up)" in capsys.readouterr().out
+    assert main(["recipes", "--name", "gdpo+gspo"]) == 0
+    assert "config: objective: {recipe: [gdpo, gspo]}" in capsys.readouterr().out
+    assert "DEBUG" not in refused(capsys, "recipes", "--name", "nrgpo"), "the sentence is for the user"
+
+
+def test_the_page_on_recipes_is_written(home):
+    assert main(["recipes", "--write", "page.md"]) == 0
+    assert (home / "page.md").read_text() == family.page()
+
+
+def test_a_recipe_that_compares_answers_finds_them_in_its_preset(capsys):
+    chosen = "objective.recipe=seed_grpo rewards.preset="
+    assert main(["train", SQL, "--dry-run", "--set", f"{chosen}answers"]) == 0
+    assert "recipe: seed_grpo" in capsys.readouterr().out
+    assert "unknown reward component in answers=" in refused(capsys, "train", SQL, "--set", f"{chosen}default")
 
 
 @pytest.mark.parametrize(
@@ -88,6 +114,8 @@ def test_apps_and_recipes_are_listed(capsys):
         (["train", SQL, "--set", "trainer.adam_bet2=1"], "did you mean 'adam_beta2'?"),
         (["train", SQL, "--set", "launch.sampler=vllm_colocate"], "needs the package vllm, which is not installed"),
         (["train", SQL, "--dry-run", "--set", "objective.recipe=drgrpo"], "did you mean 'dr_grpo'"),
+        (["recipes", "--name", "ngrp"], "did you mean 'ngrpo'"),
+        (["recipes", "--name", "ngrpo+dapo"], "recipes ngrpo and dapo both set surrogate, reduce"),
         (["eval", SQL, "--run", "other"], "runs/text_to_sql/other holds no trained model; run make train"),
         (["eval", SQL, "--model", "nowhere"], "MODEL=nowhere cannot be loaded"),
         (["report", SQL], "has no finished run; run make train APP=text_to_sql first"),

@@ -2,7 +2,9 @@ import time
 
 import pytest
 
-from rewards.text import fenced_blocks, ngram_jaccard, tagged, tags_in_order
+from rewards.canaries import generic
+from rewards.score import BrokenRow
+from rewards.text import fenced_blocks, length_within, ngram_jaccard, tagged, tags_in_order
 
 
 def test_fenced_blocks_keep_order_language_and_content():
@@ -44,3 +46,41 @@ def test_hostile_text_is_read_in_linear_time():
     for text in ("```" * 300_000, "<a>" * 300_000, "```sql\n" * 100_000, "`" * 900_000):
         fenced_blocks(text), tagged(text, "a"), tags_in_order(text, ("a", "b"))
     assert time.perf_counter() - started < 2
+
+
+def length(words: int, band=(20, 100, 400, 800)):
+    score = length_within(" \n".join(["word"] * words), length_band=list(band))
+    return score.value, score.reason
+
+
+@pytest.mark.parametrize(
+    ("words", "value", "reason"),
+    [
+        (10, 0, "too_short"), (20, 0, "too_short"), (60, 0.5, "too_short"), (100, 1, ""), (400, 1, ""),
+        (600, 0.5, "too_long"), (800, 0, "too_long"), (801, 0, "too_long"),
+    ],
+)  # fmt: skip
+def test_length_is_a_trapezoid(words, value, reason):
+    assert length(words) == (value, reason)
+
+
+def test_a_length_band_may_have_steep_ends_and_no_middle():
+    steep = (5, 5, 9, 9)
+    assert [length(n, steep)[0] for n in (4, 5, 9, 10)] == [0, 1, 1, 0]
+    assert [length(n, (0, 4, 4, 8))[0] for n in (0, 2, 4, 6, 8)] == [0, 0.5, 1, 0.5, 0]
+    assert length(0, (0, 0, 0, 0)) == (1, "")
+
+
+@pytest.mark.parametrize(
+    "band", [[20, 10, 400, 800], [0, 1, 3, 2], [-1, 1, 2, 3], [1, 2, 3], [1, 2, 3, 4, 5], [0, 1, 2, float("inf")],
+             [float("nan")] * 4, ["1", 2, 3, 4], [1, 2, 3, "4"], "1234", None]
+)  # fmt: skip
+def test_a_length_band_that_is_not_one_is_a_broken_row(band):
+    with pytest.raises(BrokenRow, match=r"length_band=.* ascending order"):
+        length_within("some words", length_band=band)
+
+
+@pytest.mark.parametrize("canary", generic("length_within"), ids=lambda canary: canary.name)
+def test_length_pays_for_no_degenerate_answer(canary):
+    completion = canary.completion({"question": "How many singers are there?"})
+    assert length_within(completion, length_band=[20, 100, 400, 800]).value == 0

@@ -1,22 +1,38 @@
-"""The family as a whole: gradients, composition, refusals. Every test walks over all recipes that there are."""
+"""The family recipe by recipe: gradients, options, refusals. Every test walks over all recipes that there are."""
 
-from itertools import permutations
+import re
 
 import pytest
 import torch
+from objective_fixtures import NAMES, group_for
 from torch.autograd import gradcheck
 
-from core.objective.composition import LOSS_SLOTS, combine
+from core.objective.composition import ASKED, COMPONENTS, LOSS_SLOTS, NEEDS, combine
 from core.objective.group import Group
 from core.objective.recipes import RECIPES, build, cispo, dapo, gdpo, grpo, gspo
 from core.objective.rows import Counts, Loss, Rows
 
-PAIRS = [(a, b) for a, b in permutations(RECIPES.values(), 2) if not set(a.sets) & set(b.sets)]
-CLASHES = [(a, b) for a, b in permutations(RECIPES.values(), 2) if set(a.sets) & set(b.sets)]
-
-
-def names(pairs):
-    return [f"{a.name}-{b.name}" for a, b in pairs]
+# One recipe for each loss there is: those that differ in credit alone have the same gradient.
+LOSSES = list(
+    {tuple(getattr(recipe, slot) for slot in LOSS_SLOTS): recipe for recipe in reversed(RECIPES.values())}.values()
+)
+# A detached weight is held by finite differences too: the cap is below all ratios, REINFORCE goes without the ratio (with
+# it, test_surrogate finds the gradient of the clipped loss).
+HELD = {"cispo": {"epsilon_high": 0.01}, "rec": {"weight": "none"}}
+READINGS = [
+    RECIPES[name](**options)
+    for name, options in (
+        ("rec", {"weight": "none", "clip": "two_side"}),
+        ("rec", {"weight": "none", "clip": "ring"}),
+        ("dhpo", {"pessimism": "mixed"}),
+        ("dhpo", {"pessimism": "none"}),
+        ("dhpo", {"mix": "entropy"}),
+        ("llds", {"level": "rollout"}),
+        ("llds", {"level": "token"}),
+        ("grpo", {"reduction": "sequence_mean_local"}),
+        ("grpo", {"delta": 2.0}),
+    )
+]
 
 
 def random(*shape, seed):
@@ -28,53 +44,64 @@ def rows(logps, advantage, **fields):
     return Rows(logps=logps, mask=mask, advantage=advantage, counts=Counts(rows=4, tokens=9, max_length=3), **fields)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
-def test_gradient_by_finite_differences(recipe, beta):
-    """Some ratios inside the clip, some outside. A capped weight has no gradient, so there all are above the cap."""
-    if "delta" not in recipe.options:
-        recipe = recipe(epsilon_high=0.01)
-    logps, spread = random(4, 3, seed=0), 0.3 if recipe is not gspo else 3e-4
-    old, ref, advantage = logps + spread * random(4, 3, seed=1), logps + random(4, 3, seed=2), random(4, seed=3)
-    metrics = {}
+# The first rollout lies inside even a sequence's clip, the others on both sides of every range; the third one is dropped.
+RATIOS = [
+    [1.0001, 0.9999, 1.0002],
+    [1.5, 0.7, 1.05],
+    [0.5, 2.0, 1.0],
+    [0.6, 1.1, 3.5],
+    [0.3, 0.9, 1.5],
+    [3.5, 1.3, 1.1],
+]
+FAR = torch.tensor(RATIOS, dtype=torch.float64).log()
+ADVANTAGE = torch.tensor([1.0, -1.0, 2.0, 1.5, -0.7, 0.5], dtype=torch.float64)
 
-    def value(logps, entropy):
-        fields = {"old_logps": old, "ref_logps": ref, "entropy": entropy}
-        loss = recipe(beta=beta, entropy_coef=0.1).loss(rows(logps, advantage, **fields))
-        metrics.update(loss.metrics)
+
+@pytest.mark.parametrize("recipe", [*LOSSES, *READINGS], ids=lambda recipe: recipe.name)
+def test_gradient_by_finite_differences(recipe):
+    """With a weight, a dropped row, padding, a KL, and everything in the extras that a recipe may look at."""
+    recipe = recipe(beta=0.1, **(HELD.get(recipe.name, {}) if recipe in LOSSES else {}))
+    by_entropy = recipe.options.get("mix") == "entropy"  # which is detached there
+    old = random(6, 3, seed=0) - 2
+    ref, entropy, distance = old + random(6, 3, seed=1), random(6, 3, seed=2), random(6, 3, seed=3)
+    weight = random(6, 3, seed=4).exp()
+    extras = {
+        "protected": torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 0.0]).double(),
+        "entropy_gate": torch.tensor([1.0, -1.0, 1.0, 0.0, 2.0, -3.0]).double(),
+        "entropy_bound": torch.tensor([0.8, 0.2, 0.8, 0.2, 0.8, 0.2]).double(),
+        "distillation_weight": torch.tensor([0.0, 1.5, 0.5, 0.0, 0.0, 0.7]).double().unsqueeze(1).expand(6, 3),
+    }
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 1], [1, 1, 1], [0, 1, 1]])
+    counts = Counts(rows=7, tokens=19, max_length=3)
+
+    def value(logps, entropy, distance):
+        loss = recipe(entropy_coef=0.0 if by_entropy else 0.1).loss(
+            Rows(
+                logps=logps,
+                mask=mask,
+                advantage=ADVANTAGE,
+                counts=counts,
+                old_logps=old,
+                ref_logps=ref,
+                keep=torch.tensor([1, 1, 0, 1, 1, 1]).double(),
+                entropy=entropy,
+                weight=weight,
+                extras=extras | {"distillation": distance},
+            )
+        )
         return loss.sum / loss.count
 
-    assert gradcheck(value, (logps.requires_grad_(), random(4, 3, seed=4).requires_grad_()))
-    assert metrics["clip_high"][0] > 0
-
-
-@pytest.mark.parametrize(("first", "second"), [*PAIRS, *[(r, r) for r in RECIPES.values()]])
-def test_recipes_that_touch_different_slots_combine(first, second):
-    """Any such pair, and each recipe alone: finite, right shapes, zero gradient on constant rewards."""
-    both = first if first is second else build({"recipe": [first.name, second.name]})
-    assert set(both.sets) == set(first.sets) | set(second.sets)
-    for slot in both.sets:
-        assert getattr(both, slot) is getattr(first if slot in first.sets else second, slot)
-    for rewards, constant in ((random(2, 2, 3, seed=5), False), (torch.full((2, 2, 3), 0.7).double(), True)):
-        credit = both.credit(Group(rewards=rewards, weights=torch.ones(3)))
-        assert credit.advantage.shape == credit.keep.shape == (4,)
-        logps = random(4, 3, seed=0).requires_grad_()
-        loss = both.loss(rows(logps, credit.advantage, keep=credit.keep, old_logps=logps.detach() - 0.1))
-        loss.sum.backward()
-        assert logps.grad.isfinite().all()
-        assert (logps.grad == 0).all() if constant else (logps.grad != 0).any()
-
-
-@pytest.mark.parametrize(("first", "second"), CLASHES, ids=names(CLASHES))
-def test_recipes_that_set_the_same_slot_are_refused_by_name(first, second):
-    slot = next(slot for slot in first.sets if slot in second.sets)
-    with pytest.raises(ValueError, match=f"recipes {first.name} and {second.name} both set .*{slot}"):
-        build({"recipe": [first.name, second.name]})
+    inputs = [(old + FAR).requires_grad_(), entropy.requires_grad_(not by_entropy), distance.requires_grad_()]
+    assert gradcheck(value, inputs)
+    (gradient,) = torch.autograd.grad(value(*inputs), inputs[:1])
+    assert (gradient[mask == 0] == 0).all()
+    assert (gradient[2] == 0).all()
+    assert (gradient[0] != 0).all()
 
 
 def test_combination_takes_options_needs_and_sources_of_both():
     both = build({"recipe": ["gdpo", "gspo"], "epsilon_high": 5e-4, "eps": 1e-6})
-    assert (both.name, both.needs) == ("gdpo+gspo", gspo.needs)
+    assert (both.name, both.needs) == ("gdpo+gspo", gdpo.needs | gspo.needs)
     assert gdpo.source in both.source
     assert gspo.source in both.source
     assert both.options["epsilon_low"] == 3e-4
@@ -91,7 +118,9 @@ def test_options_rebuild_the_recipe(recipe):
     assert again.options == recipe.options
     assert recipe.source
     assert recipe.summary
-    assert recipe.grade in ("a", "b", "c")
+    assert recipe.equation
+    assert set(recipe.grade.split("/")) <= {"a", "b", "b*", "c"}
+    assert recipe.needs <= set(NEEDS)
 
 
 def test_section_without_a_recipe_is_grpo():
@@ -147,19 +176,120 @@ def test_loss_fn_replaces_the_loss_whole():
 
 
 def test_slots_may_drop_rollouts_and_hand_rows_to_the_loss():
-    """The seam for pivots, routes and masks: (advantage, keep, extras) from the advantage or modulate slot."""
+    """The seams for pivots, routes and masks: keep beside the advantage, and rows that `annotate` makes of both."""
 
     def first_only(reward, group):
         keep = torch.zeros(reward.shape, dtype=torch.bool)
         keep[:, 0] = True
-        return reward, keep, {"route": torch.arange(reward.numel())}
+        return reward, keep
 
     def spread_over_tokens(advantage, group):
         return advantage.unsqueeze(2) * torch.tensor([1.0, 2.0])
 
-    recipe = type(grpo)("toy", "test", "c", "", advantage=first_only, modulate=spread_over_tokens)
-    credit = recipe.credit(Group(rewards=torch.tensor([[[3.0], [4.0]], [[5.0], [torch.nan]]]), weights=torch.ones(1)))
+    def annotate(group, advantage, keep):
+        return {"worth": advantage.sum(2).flatten(), "kept": keep.flatten()}
+
+    toy = type(grpo)("toy", "test", "c", "", advantage=first_only, modulate=spread_over_tokens, annotate=annotate)
+    credit = toy.credit(Group(rewards=torch.tensor([[[3.0], [4.0]], [[5.0], [torch.nan]]]), weights=torch.ones(1)))
     assert credit.keep.tolist() == [1, 0, 1, 0]
     assert credit.advantage.tolist() == [[3, 6], [0, 0], [5, 10], [0, 0]]
-    assert credit.extras["route"].tolist() == [0, 1, 2, 3]
+    assert credit.extras["worth"].tolist() == [9, 0, 15, 0]  # after dropping
+    assert credit.extras["kept"].tolist() == [True, False, True, False]
     assert not credit.advantage.requires_grad
+
+
+def test_keep_of_the_modulate_slot_and_of_the_filter_are_joined():
+    def second_only(advantage, group):
+        return advantage, torch.tensor([[False, True], [False, True]])
+
+    toy = type(grpo)("toy", "test", "c", "", modulate=second_only)
+    rewards = torch.tensor([[[0.0], [1.0]], [[1.0], [1.0]]])
+    credit = toy(filter="outcome").credit(Group(rewards=rewards, weights=torch.ones(1), outcome=0))
+    assert credit.keep.tolist() == [0, 1, 0, 0]
+
+
+def test_penalty_per_row_or_per_decision_goes_where_it_belongs():
+    """(B, T) through the reduction, unweighted; (B,) as a mean over kept rows, whatever the reduction."""
+    logps, weight = random(4, 3, seed=0), torch.full((4, 1), 5.0)
+    keep = torch.tensor([1.0, 1.0, 0.0, 1.0]).double()
+    given = rows(logps, torch.zeros(4), keep=keep, weight=weight)
+    given.counts = Counts(rows=3, tokens=8, max_length=3)
+    for reduction, share in (("token_mean", 8 / 8), ("sequence_mean", 1), ("fixed_length", 8 / 9)):
+        toy = type(grpo)("toy", "test", "c", "", penalty=lambda rows: (torch.full_like(rows.logps, 2.0), {"a": (1, 1)}))
+        loss = toy(reduction=reduction).loss(given)
+        assert (loss.sum / loss.count).item() == pytest.approx(2 * share)
+        assert loss.metrics["a"] == (1, 1)
+        toy = type(grpo)("toy", "test", "c", "", penalty=lambda rows: (torch.tensor([1.0, 2.0, 9.0, 3.0]), {}))
+        loss = toy(reduction=reduction).loss(given)
+        assert (loss.sum / loss.count).item() == pytest.approx(2.0)
+
+
+# -- what a recipe needs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_each_need_that_is_not_given_is_refused_in_words(recipe):
+    components = [recipe.options[option] for option in COMPONENTS if option in recipe.options]
+    recipe.refuse(NEEDS, components, "the trainer")
+    for need in NEEDS:
+        provides = set(NEEDS) - {need}
+        if need in recipe.needs:
+            message = f"recipe {recipe.name} needs {NEEDS[need]}: the trainer cannot give that"
+            with pytest.raises(ValueError, match=re.escape(message)):
+                recipe.refuse(provides, components, "the trainer")
+        else:
+            recipe.refuse(provides, components, "the trainer")
+
+
+def test_every_need_is_some_recipe_s():
+    assert {need for recipe in RECIPES.values() for need in recipe.needs} == set(NEEDS)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "option", "message"),
+    [
+        (
+            "safety_gated",
+            {"gate": "safty"},
+            "component in gate= of recipe safety_gated: 'safty'; did you mean 'safety'",
+        ),
+        ("dagrpo", {"quality": "qualty"}, "component in quality= of recipe dagrpo: 'qualty'; did you mean 'quality'"),
+        ("seed_grpo", {"answers": "answers"}, "component in answers= .*'answers'; did you mean 'answer'"),
+        ("seed_grpo", {"answers": "final"}, r"'final' \(known: execution, quality, safety, answer\)"),
+    ],
+)
+def test_unknown_component_is_refused_with_the_nearest_name(recipe, option, message):
+    RECIPES[recipe].refuse(NEEDS, NAMES, "the trainer")
+    with pytest.raises(ValueError, match=message):
+        RECIPES[recipe](**option).refuse(NEEDS, NAMES, "the trainer")
+
+
+@pytest.mark.parametrize(
+    "recipe", [r for r in RECIPES.values() if r.needs & {"old_logps", *ASKED}], ids=lambda r: r.name
+)
+def test_group_that_lacks_what_credit_looks_at_is_refused_in_words(recipe):
+    whole = group_for(recipe)
+    recipe.credit(whole)
+    for need, field in (("old_logps", "old_logps"), *((need, "model") for need in ASKED)):
+        if need in recipe.needs:
+            fields = {
+                name: getattr(whole, name) for name in ("rewards", "weights", "mask", "old_logps", "names", "model")
+            }
+            lacking = Group(**(fields | {field: None}), outcome=0)
+            message = f"recipe {recipe.name} needs {NEEDS[need]}, and the group has no {field}"
+            with pytest.raises(ValueError, match=re.escape(message)):
+                recipe.credit(lacking)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_group_without_an_outcome_works_or_is_refused_in_words(recipe):
+    given = group_for(recipe)
+    given.outcome = None
+    looks = {
+        "ngrpo", "unlikeliness", "a_grae", "dagrpo", "token_hidden_reward", "distribution_centric", "sample_routed",
+    }  # fmt: skip
+    if recipe.name in looks:
+        with pytest.raises(ValueError, match="outcome component, and the group names none"):
+            recipe.credit(given)
+    else:
+        assert recipe.credit(given).advantage.isfinite().all()

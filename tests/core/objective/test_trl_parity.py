@@ -1,6 +1,7 @@
 """Bit parity with TRL 1.16 in float32: its own `_compute_loss` and `nanstd`, run on the same tensors.
 
-The whole trainer is compared elsewhere; here the loss code of the installed TRL runs with a stand-in for the trainer.
+The whole trainer is compared elsewhere; here the loss code of the installed TRL runs with a stand-in for the trainer. Its
+loss_type=grpo averages within a micro-batch, which is reduction=sequence_mean_local here.
 """
 
 from collections import defaultdict
@@ -116,21 +117,22 @@ def trl_loss(inputs, logps, **settings):
     return loss, trainer._metrics["train"]
 
 
+local = grpo(reduction="sequence_mean_local")
 CASES = {
-    "grpo": (RECIPES["grpo"], {}),
+    "grpo": (local, {}),
     "grpo, two epsilons and delta": (
-        grpo(epsilon_low=0.1, epsilon_high=0.3, delta=1.4),
+        local(epsilon_low=0.1, epsilon_high=0.3, delta=1.4),
         {"epsilon_low": 0.1, "epsilon_high": 0.3, "delta": 1.4},
     ),
-    "grpo, kl": (grpo(beta=0.04), {"beta": 0.04}),
-    "grpo, kl without weight": (grpo(beta=0.04, kl_weight="none"), {"beta": 0.04, "use_bias_correction_kl": False}),
+    "grpo, kl": (local(beta=0.04), {"beta": 0.04}),
+    "grpo, kl without weight": (local(beta=0.04, kl_weight="none"), {"beta": 0.04, "use_bias_correction_kl": False}),
     "bnpo": (RECIPES["bnpo"], {"loss_type": "bnpo"}),
     "dapo": (RECIPES["dapo"], {"loss_type": "dapo", "epsilon_high": 0.28}),
     "dapo, kl": (RECIPES["dapo"](beta=0.1), {"loss_type": "dapo", "epsilon_high": 0.28, "beta": 0.1}),
     "dr_grpo": (RECIPES["dr_grpo"], {"loss_type": "dr_grpo"}),
     "cispo": (RECIPES["cispo"](epsilon_high=1.2), {"loss_type": "cispo", "epsilon_high": 1.2}),
     "gspo": (
-        RECIPES["gspo"],
+        RECIPES["gspo"](reduction="sequence_mean_local"),
         {"importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4},
     ),
     "gspo, kl": (

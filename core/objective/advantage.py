@@ -3,9 +3,10 @@
     z = (r - baseline) / (std + eps)        baseline and std over the G rollouts of a prompt, or over the whole batch
 
 All functions skip NaN (unscored, or not applicable) and treat further dimensions, the T decisions of an aligned policy,
-one by one. In float32 they follow TRL 1.16's order of operations and give its bits, with one exception: a group without
-spread gets exactly 0, where TRL leaves the rounding error of its mean, divided by eps (eight rewards of 0.7: 6e-4
-each, which Adam would turn into full-size steps if every group were like that).
+one by one; but medians are refused there, and `anchored_values` sums along them. In float32 `group_advantages` follows TRL
+1.16's order of operations and gives its bits, with one exception: a group (baseline=batch: a batch) without spread gets
+exactly 0, where TRL leaves the rounding error of its mean, divided by eps (eight rewards of 0.7: 6e-4 each, which Adam
+would turn into full-size steps if every group were like that).
 """
 
 from __future__ import annotations

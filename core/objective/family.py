@@ -153,7 +153,7 @@ def describe(recipe: Recipe, width: int = 110) -> str:
 PAGE = """\
 # The GRPO family
 
-{count} published objectives, each a *recipe*: it names the slots in which it is not plain GRPO, and the function of
+{count} objectives, each a *recipe*: it names the slots in which it is not plain GRPO, and the function of
 `core/objective` that stands there. `make docs` writes this page from `core/objective/recipes.py`; edit that, not this.
 
 ## How to use one
@@ -196,7 +196,7 @@ def page() -> str:
     """docs/recipes.md, whole."""
     recipes, refused = RECIPES.values(), {name: refusals(recipe) for name, recipe in RECIPES.items()}
     family = [
-        [f"[{r.name}](#{r.name})", r.summary, _code(r.sets), _code(_asked(r)), _escaped(r.grade), _linked(r.source)]
+        [f"[{r.name}](#{r.name})", r.summary, _code(r.sets), _code(_asked(r)), r.grade, _linked(r.source)]
         for r in recipes
     ]
     elsewhere = [
@@ -222,7 +222,7 @@ def section(recipe: Recipe) -> str:
     """What the page says of one recipe."""
     parts = [f"## {recipe.name}", _flowed(recipe.summary[0].upper() + recipe.summary[1:] + ".")]
     parts.append(f"```text\n{_equation(recipe)}\n```")
-    facts = [f"Source: {_linked(recipe.source)}.", f"Grade {_escaped(recipe.grade)}: {_grade(recipe)}."]
+    facts = [f"Source: {_linked(recipe.source)}.", f"Grade {recipe.grade}: {_grade(recipe)}."]
     facts += [f"Sets {_code(recipe.sets)}."] if recipe.sets else []
     facts += [f"Needs {_needs(recipe)}."] if _needs(recipe) else []
     parts += [_flowed(" ".join(facts)), f"```yaml\n{_config([recipe.name])}\n```"]
@@ -234,7 +234,7 @@ def section(recipe: Recipe) -> str:
 
 def _rows(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of Markdown."""
-    lines = [head, ["---"] * len(head), *(row for row in rows)]
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -250,10 +250,6 @@ def _filled(text: str, width: int, first: str, then: str) -> str:
 
 def _linked(source: str) -> str:
     return ARXIV.sub(r"[\g<0>](https://arxiv.org/abs/\1)", source)
-
-
-def _escaped(grade: str) -> str:
-    return grade.replace("*", "\\*")
 
 
 def _code(names: Iterable[str]) -> str:

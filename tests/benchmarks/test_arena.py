@@ -137,6 +137,8 @@ def test_the_measured_probability_is_that_of_all_completions_that_the_reward_cal
     """Enumerates every completion that the sampler can give, as the trainer would decode it."""
     model, tokenizer = policy
     rows = [next(row for row in task.problems() if len(row["answer"]) == length) for length in (2, 3)]
+    chances = task.right_answers(model, tokenizer, rows).logps.exp().tolist()
+    measured = {row["id"]: chance for row, chance in zip(rows, chances, strict=True)}
     words = range(len(tokenizer))
     for row in rows:
         prefixes = [list(prefix) for n in range(task.LONGEST) for prefix in itertools.product(words[1:], repeat=n)]
@@ -158,7 +160,7 @@ def test_the_measured_probability_is_that_of_all_completions_that_the_reward_cal
                     else:
                         reach[ids] = chance
         assert total == pytest.approx(1.0, rel=1e-5)
-        assert task.right_answers(model, tokenizer, [row]).logps.exp().item() == pytest.approx(found, rel=1e-4)
+        assert measured[row["id"]] == pytest.approx(found, rel=1e-4)
 
 
 def test_greedy_is_right_exactly_where_greedy_decoding_gives_the_answer(policy):

@@ -2,10 +2,17 @@
 
 import torch
 
+from core.objective.composition import LOSS_SLOTS
 from core.objective.group import Group
 from core.objective.modulation import token_influence
+from core.objective.recipes import RECIPES
 from core.objective.rows import Counts, Rows
 
+# One recipe for each loss there is, by name: those that differ in credit alone need no second look.
+LOSSES = {}
+for recipe in RECIPES.values():
+    LOSSES.setdefault(tuple(getattr(recipe, slot) for slot in LOSS_SLOTS), recipe)
+LOSSES = {recipe.name: recipe for recipe in LOSSES.values()}
 NAMES = ("execution", "quality", "safety", "answer")
 WEIGHTS = (1.0, 0.5, 0.3, 0.0)
 VOCABULARY, WIDTH = 7, 3

@@ -429,6 +429,12 @@ def test_dropping_is_drawn_from_the_seed_alone_and_fairly():
     assert torch.equal(red_drop.credit(bare(reward, seed=1)).advantage.view(6000, 4), first)
 
 
+def test_rollout_at_the_mean_is_positive():
+    """So that here one negative stands beside three, and none is dropped."""
+    reward = doubles([[1.0, 0.5, 0.5, 0.0]]).expand(20, 4)
+    assert of(balanced_advantages, reward).tolist() == [[0.5, 0.0, 0.0, -0.5]] * 20
+
+
 def test_dropped_negatives_stay_in_the_counts():
     reward = doubles([[1.0, 0.0, 0.0, 0.0]])
     credit = red_drop.credit(bare(reward))

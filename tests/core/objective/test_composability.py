@@ -93,6 +93,8 @@ def test_recipes_that_touch_different_slots_combine(recipe):
             with pytest.raises(ValueError, match=refusal):
                 both.credit(group_for(both))
             continue
+        if first.name > second.name:
+            continue  # the same slots: the same step
         assert check(both, group_for(both)).any(), both.name
         if not {first.name, second.name} & set(PUSHES):
             for reward in (0.7, 1.0):

@@ -10,7 +10,8 @@ import yaml
 from markdown_it import MarkdownIt
 
 from core.objective import family
-from core.objective.composition import ASKED, NEEDS, RANGES, combine
+from core.objective.aggregation import decoupled_sum
+from core.objective.composition import ASKED, COMPONENTS, NEEDS, RANGES, combine
 from core.objective.group import Group
 from core.objective.recipes import RECIPES, build, gdpo, grpo, gspo, ngrpo
 from core.objective.rows import Counts, Rows
@@ -27,7 +28,7 @@ def slot(
 ):  # fmt: skip
     """What it does: the first line.
 
-    rows: not an option. near: how near; at 0 None. It
+    rows: not an option, and near: is not yet one. near: how near; at 0 None. It
     may be anything. epsilon_low, delta: two at once. way: up or down.
     Returns nothing. Source: a paper, see way: there.
     """
@@ -63,10 +64,15 @@ def test_every_option_is_listed_with_its_value_and_with_bounds_that_hold(recipe)
     assert yaml.safe_load("\n".join(map(str, listed.values()))).keys() == recipe.options.keys()
     for name, option in listed.items():
         assert option.meaning
+        assert (option.allowed == "the name of a component") is (name in COMPONENTS)
         if "a number" in option.allowed and (low := RANGES.get(name, [None])[0]):
             assert f"from {low:g}" in option.allowed
             with pytest.raises(ValueError, match="is outside"):
                 recipe(**{name: low - 1})
+
+
+def test_an_option_that_two_slots_share_stands_once_as_the_first_explains_it():
+    assert next(o.meaning for o in family.options(gdpo) if o.name == "eps") == family.meaning(decoupled_sum, "eps")
 
 
 def test_options_that_are_not_plain_grpo_s_are_marked():
@@ -119,7 +125,7 @@ def test_what_a_language_model_can_give_is_what_its_trainer_gives():
     assert family.KINDS["language"][0] == PROVIDES
 
 
-@pytest.mark.parametrize("width", [100, 120])
+@pytest.mark.parametrize("width", [100, 110, 120])
 def test_the_table_holds_the_whole_family_within_its_width(width):
     lines = family.table(width).splitlines()
     assert max(map(len, lines)) <= width
@@ -173,6 +179,17 @@ def test_the_page_reads_the_same_raw_and_rendered():
     assert len(cells) == 6 + 2 + len(family.KINDS)
     for line in family.page().splitlines():
         assert len(line) <= family.PAGE_WIDTH + 2 or line[0] == "|"
+
+
+def test_a_line_breaks_neither_at_a_hyphen_nor_before_what_would_start_a_list():
+    long = "x" * (family.PAGE_WIDTH - 6)
+    assert family._flowed(f"{long} log-probability", "  ") == f"{long}\n  log-probability"
+    assert family._flowed(f"y {long}xxxx - y") == f"y\n{long}xxxx -\ny"
+
+
+def test_a_cell_of_a_table_may_hold_the_mark_between_cells():
+    tokens = MarkdownIt("commonmark").enable("table").parse(family._rows(["a", "b"], [["KL(p || q)", "x"]]))
+    assert [token.content for token in tokens if token.type == "inline"] == ["a", "b", "KL(p || q)", "x"]
 
 
 def test_the_readme_counts_the_family():

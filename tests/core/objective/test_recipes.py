@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from objective_fixtures import NAMES, group_for
+from objective_fixtures import LOSSES, NAMES, group_for
 from torch.autograd import gradcheck
 
 from core.objective.composition import ASKED, COMPONENTS, LOSS_SLOTS, NEEDS, combine
@@ -12,10 +12,6 @@ from core.objective.group import Group
 from core.objective.recipes import RECIPES, build, cispo, dapo, gdpo, grpo, gspo
 from core.objective.rows import Counts, Loss, Rows
 
-# One recipe for each loss there is: those that differ in credit alone have the same gradient.
-LOSSES = list(
-    {tuple(getattr(recipe, slot) for slot in LOSS_SLOTS): recipe for recipe in reversed(RECIPES.values())}.values()
-)
 # A detached weight is held by finite differences too: the cap is below all ratios, REINFORCE goes without the ratio (with
 # it, test_surrogate finds the gradient of the clipped loss).
 HELD = {"cispo": {"epsilon_high": 0.01}, "rec": {"weight": "none"}}
@@ -57,10 +53,10 @@ FAR = torch.tensor(RATIOS, dtype=torch.float64).log()
 ADVANTAGE = torch.tensor([1.0, -1.0, 2.0, 1.5, -0.7, 0.5], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("recipe", [*LOSSES, *READINGS], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [*LOSSES.values(), *READINGS], ids=lambda recipe: recipe.name)
 def test_gradient_by_finite_differences(recipe):
     """With a weight, a dropped row, padding, a KL, and everything in the extras that a recipe may look at."""
-    recipe = recipe(beta=0.1, **(HELD.get(recipe.name, {}) if recipe in LOSSES else {}))
+    recipe = recipe(beta=0.1, **(HELD.get(recipe.name, {}) if recipe in LOSSES.values() else {}))
     by_entropy = recipe.options.get("mix") == "entropy"  # which is detached there
     old = random(6, 3, seed=0) - 2
     ref, entropy, distance = old + random(6, 3, seed=1), random(6, 3, seed=2), random(6, 3, seed=3)

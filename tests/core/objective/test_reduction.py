@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from objective_fixtures import LOSSES
 
 from core.objective.recipes import RECIPES, build, grpo, llds
 from core.objective.reduction import add_row_mean, reduce_loss
 from core.objective.rows import Counts, Loss, Rows
 
+EACH = pytest.mark.parametrize("recipe", LOSSES.values(), ids=list(LOSSES))
 EXACT = ("token_mean", "sequence_mean", "fixed_length")
 LOCAL = ("token_mean_local", "sequence_mean_local")
 LENGTHS = [5, 1, 3, 0, 4, 2, 5, 3, 1, 4]
@@ -70,7 +72,7 @@ SPLITS = [[[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]], [[3], [9, 0, 5], [1, 8, 2, 7, 4, 6
 
 
 @pytest.mark.parametrize("reduction", EXACT)
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+@EACH
 def test_any_split_into_micro_batches_gives_the_full_gradient(recipe, reduction):
     recipe = recipe(reduction=reduction, beta=0.1, entropy_coef=0.05)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
@@ -82,7 +84,7 @@ def test_any_split_into_micro_batches_gives_the_full_gradient(recipe, reduction)
 
 
 @pytest.mark.parametrize("reduction", EXACT)
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+@EACH
 def test_several_updates_of_a_generation_batch_average_to_the_whole(recipe, reduction):
     """Rows shared out unevenly over four updates, counts evenly; the second batch has fewer kept rows than updates."""
     recipe = recipe(reduction=reduction, beta=0.1, entropy_coef=0.05)
@@ -130,11 +132,11 @@ def test_row_mean_by_hand(local, mean):
     assert add_row_mean(loss, torch.ones(3), rows).sum == 3 + (1 if local else 3) * 20
 
 
-@pytest.mark.parametrize("decisions", [False, True], ids=["row", "decision"])
 @pytest.mark.parametrize("reduction", EXACT + LOCAL)
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
-def test_keep_zero_equals_removing_the_row(recipe, reduction, decisions):
+@EACH
+def test_keep_zero_equals_removing_the_row(recipe, reduction):
     recipe = recipe(reduction=reduction, beta=0.1)
+    decisions = reduction == "token_mean"
     dropped = update(keep=[1, 0, 1, 1, 1, 0, 0, 1, 1, 1], decisions=decisions)
     removed = take(dropped, dropped["keep"].bool()) | {"keep": None}
     losses = [recipe.loss(Rows(**fields)) for fields in (dropped, removed)]
@@ -169,7 +171,7 @@ def test_update_without_a_kept_decision_is_zero(reduction):
     assert (loss.sum / loss.count).item() == 0
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+@EACH
 def test_garbage_in_padding_and_dropped_rows_does_not_reach_the_loss(recipe):
     """NaN in an unobserved cell, an overflow in a dropped row, NaN in what goes with them: same value, gradient, metrics."""
     recipe = recipe(beta=0.1, entropy_coef=0.1)
@@ -194,7 +196,7 @@ def test_garbage_in_padding_and_dropped_rows_does_not_reach_the_loss(recipe):
     assert losses[0].metrics == losses[1].metrics
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+@EACH
 def test_weight_of_a_whole_dropped_row_may_be_nan(recipe):
     fields = update(keep=[1, 0, 1, 1, 1, 1, 1, 1, 1, 1])
     clean = recipe.loss(Rows(**fields))
@@ -202,7 +204,7 @@ def test_weight_of_a_whole_dropped_row_may_be_nan(recipe):
     assert recipe.loss(Rows(**fields)).sum == clean.sum
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+@EACH
 def test_micro_batch_without_rows_or_without_decisions_is_zero(recipe):
     for rows, decisions in ((0, 5), (10, 0)):
         fields = update()

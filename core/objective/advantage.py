@@ -39,6 +39,8 @@ def group_advantages(
     baseline: mean of the group; mean of the *other* rollouts of the group; tau * log(mean(exp(r / tau))) of the group,
     which leans towards the best; mean of the batch; none.
     scale: standard deviation (divisor n - ddof) of the group or of the batch, plus eps; none.
+    ddof: the variance is divided by n - ddof. eps: added to the standard deviation. tau: of log_mean_exp; small is near
+    the greatest reward of the group, large near its mean.
     Returns the shape of `reward`, finite: 0 for unscored rollouts and, with a baseline, where the group (baseline=batch:
     the batch) has no spread or only one scored rollout.
     Raises ValueError if G < 2 and a statistic of the group is asked for.
@@ -90,6 +92,8 @@ def virtual_maximum(
     components in [0, 1] cannot exceed; rewards within rounding error of it (1e-6, relative above 1) are at it. A group
     that is all wrong is pushed away, one at the highest gets exactly 0. Advantages do not sum to 0: the virtual rollouts
     take the rest.
+    virtual: how many are added. ddof: the variance is divided by n - ddof, the virtual ones counted. eps: added to the
+    standard deviation.
     Raises ValueError for a reward above the highest. Source: arXiv 2509.18851; read in the authors' code, which leaves
     the virtual rollout out at G = 1.
     """
@@ -119,6 +123,7 @@ def median_advantages(
     the group's standard deviation), that deviation instead: of right-or-wrong rewards it always is 0, and eps alone would
     make advantages of 1000.
     rebalance: times n / (rollouts whose advantage is not 0), n and rollouts being the scored ones.
+    eps: added to the deviation.
     Raises ValueError for even n and for rewards per decision, whose medians are different rollouts.
     Source: arXiv 2601.22582; read in the authors' code. The fallback and the first of ties are ours.
     """
@@ -201,6 +206,8 @@ def anchored_values(
     reward: (P, G, T), not negative; returns the shape, in [-limit, limit]. Where a group has no spread only the second
     term is left, an equal push on all of it, right or wrong: keep `anchor` small. anchored: how many decisions, from
     the first, have that term; None = all. A decision without a reward adds 0 to the sums before it, and gets 0.
+    gamma: discount of later rewards. anchor: share of the sums themselves. limit: greatest size of an advantage. ddof:
+    the group's variance is divided by n - ddof. eps: added to the group's standard deviation.
     Raises ValueError for one reward per rollout, for negative rewards, whose step weights mean nothing, and if G < 2.
     Source: arXiv 2512.12387 through third parties (structure); the exact mixture is ours.
     """
@@ -227,6 +234,8 @@ def anchored_values(
 def keep_groups(group: Group, *, filter: Filter = "none", success: float = 1.0) -> Tensor:
     """Which rollouts stay in the loss: all; those of groups whose *outcome* has spread; all but groups that are all right.
 
+    filter: none keeps all, outcome those with spread, all_right all but those that are right throughout. success: the
+    outcome from which a rollout is right.
     Returns (P, 1) bool. all_right leaves groups out in which every scored rollout reached `success`. The outcome decides
     alone, by exact equality: spread in other components does not save a group. A dropped row leaves the counts, so the
     step does not shrink (the effect of dynamic sampling in arXiv 2503.14476, read in its text, without sampling again).

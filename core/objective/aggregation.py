@@ -29,6 +29,7 @@ def favour_unlikely(
     least likely, G - 1 = most; ties share their mean rank. Unscored rollouts have no rank and leave G. rank_offset: 0 is
     the released code, 1 the text.
     In a group that is all right the ranks alone make spread: filter=outcome leaves such groups out.
+    rank_weight: share that the likeliest rollout of a large group loses.
     Source: arXiv 2506.02355; read in the authors' code, the text's form through third parties.
     """
     likely = group.sequence_logps().masked_fill(~group.scored, torch.nan)
@@ -58,6 +59,7 @@ def decoupled_sum(rewards: Tensor, group: Group, *, ddof: Literal[0, 1] = 1, eps
 
     rewards: (P, G, K) or (P, G, K, T). Returns (P, G) or (P, G, T); NaN where no component applies. Keeps combinations
     apart that have the same total, and erases each component's own scale: a wrong answer may outscore a right one.
+    ddof: a component's variance is divided by n - ddof. eps: added to its standard deviation.
     Raises ValueError if G < 2. Source: arXiv 2601.05242; read in TRL 1.16's code (normalize_then_sum).
     """
     return _total(group_advantages(rewards, ddof=ddof, eps=eps), group.weights, rewards.isnan())
@@ -69,6 +71,7 @@ def gated_mean(rewards: Tensor, group: Group, *, gate: str = "safety", passing: 
     rewards: (P, G, K) or (P, G, K, T) in [0, 1]. Returns (P, G) or (P, G, T); NaN where no component with a weight applies.
     gate: the component that decides. What it stops ranks below all it lets through, whatever the others say; where it
     does not apply it stops nothing.
+    passing: least value of the gate that lets through.
     Raises ValueError if no component has that name, or if a weight is negative.
     Source: arXiv 2503.21819 names the axes; the formula is ours.
     """

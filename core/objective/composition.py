@@ -64,6 +64,8 @@ RANGES = {
     "rank_weight": (0, 1), "gamma": (0, 1), "alpha": (1e-6, 1), "least_progress": (0, 1), "exploit": (-1, 1),
     "hot": (1, math.inf), "cold": (1e-6, 1), "most": (0, math.inf), "resolution": (0, math.inf), "anchored": (0, math.inf),
     "limit": (0, math.inf), "band_coef": (0, math.inf), "sharpness": (0, math.inf), "anchor": (0, math.inf),
+    "cap": (0, math.inf), "focus": (0, math.inf), "tau_scale": (0, math.inf), "threshold": (0, math.inf),
+    "entropy_low": (0, math.inf), "entropy_high": (0, math.inf),
 }  # fmt: skip
 
 
@@ -121,7 +123,9 @@ class Recipe:
                 f"{self.name} gave advantages of shape {tuple(advantage.shape)} for {tuple(keep.shape)} rollouts"
             )
         dropped = ~keep.view(*keep.shape, *[1] * (advantage.dim() - 2))
-        advantage = torch.nan_to_num(advantage, nan=0.0).masked_fill(dropped, 0.0)
+        advantage = advantage.masked_fill(dropped | advantage.isnan(), 0.0)
+        if advantage.isinf().any():
+            raise ValueError(f"recipe {self.name} gave an infinite advantage; bound the rewards or soften its options")
         return Credit(
             advantage=advantage.flatten(0, 1),
             keep=keep.flatten().to(advantage.dtype),
@@ -212,7 +216,7 @@ def combine(recipes: Sequence[Recipe]) -> Recipe:
         slots = {slot: getattr(added, slot) for slot in added.sets if slot not in LOSS_SLOTS or not added.loss_fn}
         texts = {
             name: mark.join(dict.fromkeys([getattr(combined, name), getattr(added, name)]))
-            for name, mark in (("name", "+"), ("source", "; "), ("grade", "/"), ("summary", "; "), ("equation", "; "))
+            for name, mark in (("name", "+"), ("source", "; "), ("grade", "/"), ("summary", "; "), ("equation", ";  "))
         }
         combined = replace(combined, **texts, **slots, needs=combined.needs | added.needs)
     return combined

@@ -25,6 +25,7 @@ def weight_by_exponential(advantage: Tensor, group: Group, *, temperature: float
     """A * exp(A / temperature): good rollouts count for more, bad ones for less.
 
     advantage: (P, G) or (P, G, T); returns the shape.
+    temperature: the smaller, the more the best ones count.
     Source: arXiv 2509.24203 (RED-Weight); read in the authors' code.
     """
     return advantage * torch.exp(advantage / temperature)
@@ -46,6 +47,8 @@ def weight_by_difficulty(
     advantage: (P, G) or (P, G, T); returns the shape. p: share of a group's scored rollouts that are right; omega: of the
     batch's, at least `least_progress`. Groups with p = 0 or 1 keep the first factor 1.
     easy_term: the text divides by sqrt(1 - p), the released code by 1 - sqrt(p) + 1e-6 (and by sqrt(p) + 1e-6).
+    alpha: the batch's success from which positive advantages are whole. least_progress: omega is never less. success:
+    the outcome from which a rollout is right.
     Source: arXiv 2602.05548; read in the text, the deviation in the code. Rewards that are not 0 or 1: `success` is ours.
     """
     right, scored = group.right(success) & group.scored, group.scored
@@ -79,6 +82,9 @@ def add_tempered_imitation(
     to the target entropy, `cold` above it; f: share of scored rollouts that are right (outcome >= correct); a = 0 if none
     is. cap: of rho; None = none. Right rollouts keep their push in groups without spread.
     The authors take H from the update before, here it is that of the batch at hand: the same number, one step fresher.
+    target: the entropy to hold, nats. hot, cold: temperature of the imitated policy below and above the target. most:
+    distance from the target beyond which imitation grows no more, nats. correct: the outcome from which a rollout is
+    right.
     Source: arXiv 2601.12730; read in the authors' code, which gives NaN where nothing is right.
     """
     mask = _decisions(group).flatten(0, 1)
@@ -112,7 +118,9 @@ def weight_by_answer_entropy(
     equal answers; rollouts it does not apply to share one cluster. entropy: mean_log is -(1 / K) * sum of log P over K
     clusters (the text's), shannon -sum of P log P; SE / log G is kept in [0, 1]. mass: P from counts, or from sequence
     probabilities under the old policy. decay: f = 1 / (1 + x), 1 - x, exp(-x), (1 - x)^focus.
-    alpha: .02 in the text, .0417 in the trainer. The effect is small: at .0417 the factor lies in [.96, 1].
+    alpha: .02 in the text, .0417 in the trainer. The effect is small: at .0417 the factor lies in [.96, 1]. mean_log counts a
+    small cluster like a large one: one odd answer out of eight (1.11) is more disagreement than four against four (.69).
+    focus: exponent of decay=focal.
     Raises ValueError for an unknown component, or probability masses without old log-probabilities.
     Source: arXiv 2505.12346 through third parties; counts and the one cluster of unreadable answers are ours.
     """
@@ -156,9 +164,11 @@ def mask_indistinct(
     """0 for rollouts that no rollout of the other kind differs from by more than `margin` in quality; and keep.
 
     advantage: (P, G) or (P, G, T); returns the shape, and (P, G) bool: False for groups that have right and wrong rollouts
-    but no distinct pair. quality: a finer component than the outcome, which may have weight 0; where it does not apply
-    the rollout counts as distinct. A right one should stand above a wrong one. renormalize: centre and scale anew over
-    what is left.
+    but no distinct pair. A right one should stand above a wrong one.
+    quality: a finer component than the outcome, which may have weight 0; where it does not apply to a rollout, all pairs
+    with it count as distinct. renormalize: centre and scale anew over what is left.
+    margin: a right and a wrong rollout must differ by more to be a pair. success: the outcome from which a rollout is
+    right.
     Raises ValueError for an unknown component. Source: the rule is ours, after the abstract of arXiv 2512.06337; its
     expert anchors for hard prompts are not here.
     """
@@ -213,6 +223,8 @@ def weight_by_influence(
     advantage: (P, G) or (P, G, T); returns (P, G, T). exploit > 0 sharpens what is right already, < 0 explores.
     threshold: tau; None = tau_scale * the least mean of s over a right rollout of the group, at least 0. self_pairs: s counts
     what a right rollout owes to itself. Groups that are all right or all wrong are left alone.
+    exploit: how much more a token counts whose own step makes the right rollouts likelier, and less one that makes them
+    less likely; below 0 the reverse. tau_scale: see threshold. success: the outcome from which a rollout is right.
     Source: see `token_influence`.
     """
     right = group.right(success) & group.scored
@@ -258,8 +270,14 @@ def gate_entropy(
 
     A task's entropy: the mean of -old_logps over its kept tokens, nats. The gate is so scaled that the mean over a task's
     tokens is the mean over the update's rows. A task without a kept token has gate 0.
+    entropy_low, entropy_high: the band, nats.
+    Raises ValueError for a band whose lower bound is the higher one.
     Source: arXiv 2604.08539; read in the text. The bounds' values are ours.
     """
+    if entropy_low > entropy_high:
+        raise ValueError(
+            f"entropy_low={entropy_low} is above entropy_high={entropy_high}; there is no band between them"
+        )
     mask = (_decisions(group) & keep.unsqueeze(2)).flatten(0, 1)
     task = torch.zeros_like(keep[:, 0], dtype=torch.long) if group.task is None else group.task
     row_task = task.repeat_interleave(keep.shape[1])
@@ -279,6 +297,8 @@ def route_to_teacher(
     """`distillation_weight` (B, T): exp(-sharpness * H) over its mean, for wrong rollouts that have a right sibling; else 0.
 
     H: the teacher's entropy at the decision, nats. The mean goes over all such tokens of the batch.
+    sharpness: how much less a token counts where the teacher is unsure. success: the outcome from which a rollout is
+    right.
     Source: arXiv 2604.02288; read in the text.
     """
     right = group.right(success) & group.scored

@@ -92,7 +92,7 @@ gspo = Recipe(
     "gspo",
     source="arXiv 2507.18071; TRL importance_sampling_level=sequence",
     grade="a",
-    summary="one ratio per rollout, the geometric mean of its tokens', with a very narrow clip",
+    summary="one ratio per rollout, the geometric mean of its tokens', with a very narrow clip; no credit by token survives it",
     equation="s = exp(mean over tokens of (l - l_old));  L = -min(s A, clip(s, 1 - 3e-4, 1 + 4e-4) A)",
     surrogate=partial(clipped_sequence_ratio, epsilon_low=3e-4, epsilon_high=4e-4),
     needs=frozenset({"whole_rollouts"}),
@@ -289,7 +289,7 @@ rec = Recipe(
 
 opmd = Recipe(
     "opmd",
-    source="arXiv 2509.24203 (OPMD; the older form: baseline=log_mean_exp)",
+    source="arXiv 2509.24203 (OPMD; the older form, but for a factor: baseline=log_mean_exp, penalty=0)",
     grade="a",
     summary="no ratio and no clip: a squared distance to the policy that sampled instead",
     equation="L = -A l + 0.1 (l - l_old)^2, A = r - mean r",
@@ -325,7 +325,7 @@ llds = Recipe(
     "llds",
     source="arXiv 2512.04220 (released code: protected=all)",
     grade="a/b",
-    summary="keeps turns of rollouts that were not bad from losing likelihood, which precedes collapse with tools",
+    summary="keeps turns of rollouts that were not bad from losing likelihood, as they do before a collapse; wants filter=none",
     equation="+ 0.2 * mean over tokens with A >= 0 of [turn fell] max(0, l_old - l)",
     annotate=share_of_protected,
     penalty=guard_likelihood,

@@ -25,6 +25,8 @@ def reduce_loss(per_decision: Tensor, rows: Rows, *, reduction: Reduction = "seq
     """The reduced loss of (B, T), or of (B, 1) standing for every decision of its row; dropped ones leave no trace.
 
     A count of 0 becomes 1, so an empty micro-batch or update gives 0. Shares of a count may be less than 1 (`Counts`).
+    reduction: what weighs the same: every decision (token_mean), every rollout (sequence_mean), every decision at a
+    constant length (fixed_length); the local ones: see the module.
     Source: token_mean arXiv 2503.14476, sequence_mean 2402.03300, fixed_length 2503.20783; all read in TRL 1.16's code.
     """
     mask, counts = rows.loss_mask, rows.counts

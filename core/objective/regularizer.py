@@ -45,6 +45,7 @@ def kl_and_entropy(
     (use_bias_correction_kl, from the DeepSeek-V3.2 report); under a sequence ratio TRL uses "sequence"; "none" is arXiv
     2402.03300. The `kl` metric is the estimate without weight.
     The entropy term goes through the recipe's reduction, like the KL; rows.entropy must carry a gradient.
+    beta: weight of the KL. kl: its estimator, see `kl_estimate`. entropy_coef: weight of the entropy, which is to grow.
     Raises ValueError if rows lack ref_logps with beta > 0, or an entropy with gradient with entropy_coef > 0.
     """
     term, metrics = None, {}
@@ -78,6 +79,7 @@ def distance_to_sampler(
 
     Not clipped and not weighted. k2 is 0 on fresh data. forward_kl imitates whatever was sampled, right or wrong: beside
     REINFORCE without a ratio the same as a baseline lowered by the penalty; on fresh data its expected gradient is 0.
+    toward: the square (k2) or the imitation (forward_kl). penalty: weight of the term.
     Source: arXiv 2509.24203 (OPMD's and AsymRE's regularizers); read in the authors' code.
     """
     term = rows.log_ratio**2 if toward == "k2" else -rows.logps
@@ -92,6 +94,7 @@ def guard_likelihood(
     level: what must have become less likely as a whole, strictly, before its tokens count: a turn (a run of decisions with
     loss, which observations interrupt), the rollout, or the token alone. Wants `protected` in the extras. 0, and without
     gradient, where logps equal old_logps.
+    penalty: weight of the term.
     Source: arXiv 2512.04220; read in text and code.
     """
     mask = rows.loss_mask.bool()
@@ -113,6 +116,7 @@ def entropy_band(rows: Rows, *, band_coef: float = 0.01) -> tuple[Tensor, Metric
 
     Wants `entropy_gate` and `entropy_bound` in the extras: which side a task is on was decided once for the batch. The
     gradient is that of -logp of what was sampled, not of the entropy: on fresh data its expectation is 0, like that of k1.
+    band_coef: weight of the term.
     Source: arXiv 2604.08539; read in the text, which does not give the coefficient.
     """
     bound = rows.extra("entropy_bound").to(rows.logps.dtype).unsqueeze(1)

@@ -97,7 +97,9 @@ class Rows:
     def extra(self, name: str) -> Tensor:
         """One of `extras`. Raises ValueError if the trainer did not hand it on."""
         if name not in self.extras:
-            raise ValueError(f"rows have no extra {name!r}, which this loss looks at (extras: {', '.join(self.extras)})")
+            raise ValueError(
+                f"rows have no extra {name!r}, which this loss looks at (extras: {', '.join(self.extras)})"
+            )
         return self.extras[name]
 
     def settled(self) -> Rows:

@@ -4,7 +4,8 @@
     capped:   -min(rho, cap).detach() * A * logp                     no gradient stops; large ratios count for less
     masked:   -M(rho) * w(rho).detach() * A * logp                   REINFORCE on the decisions that M lets through
 
-At rho = 1 all have the gradient of REINFORCE, -A * grad logp.
+At rho = 1 these have the gradient of REINFORCE, -A * grad logp. A sequence's ratio shares it evenly among the sequence's
+decisions, whichever of them the advantage was for.
 """
 
 from __future__ import annotations
@@ -69,19 +70,30 @@ def clip_mask(
 def clipped_token_ratio(
     rows: Rows, *, epsilon_low: float = 0.2, epsilon_high: float | None = None, delta: float | None = None
 ) -> tuple[Tensor, Metrics]:
-    """`clip_loss` of the token ratio. Returns (B, T) and metrics."""
+    """`clip_loss` of the token ratio. Returns (B, T) and metrics.
+
+    epsilon_low, epsilon_high: how far the ratio may fall below 1 and rise above it before the clip; epsilon_high=None
+    means as far. delta: cap of the ratio where A < 0; None = none.
+    """
     return _clipped(rows, rows.token_ratio, epsilon_low, epsilon_high, delta)
 
 
 def clipped_sequence_ratio(
     rows: Rows, *, epsilon_low: float = 0.2, epsilon_high: float | None = None, delta: float | None = None
 ) -> tuple[Tensor, Metrics]:
-    """`clip_loss` of the sequence ratio; needs whole rollouts. Returns (B, 1), or (B, T) as the advantage; metrics."""
+    """`clip_loss` of the sequence ratio; needs whole rollouts. Returns (B, 1), or (B, T) as the advantage; metrics.
+
+    epsilon_low, epsilon_high: how far the ratio may fall below 1 and rise above it before the clip; epsilon_high=None
+    means as far. delta: cap of the ratio where A < 0; None = none.
+    """
     return _clipped(rows, rows.sequence_ratio, epsilon_low, epsilon_high, delta)
 
 
 def capped_token_ratio(rows: Rows, *, epsilon_high: float = 5.0) -> tuple[Tensor, Metrics]:
-    """`cap_loss` of the token ratio; epsilon_high is the cap itself, as in TRL. Returns (B, T) and metrics."""
+    """`cap_loss` of the token ratio; epsilon_high is the cap itself, as in TRL. Returns (B, T) and metrics.
+
+    epsilon_high: the cap itself, not its distance from 1, as in TRL.
+    """
     ratio, metrics = rows.token_ratio, _ratio_metrics(rows, rows.token_ratio)
     metrics["clip_high"] = rows.masked_mean(((ratio > epsilon_high) & (rows.advantages > 0)).float())
     return cap_loss(ratio, rows.advantages, rows.logps, epsilon_high), metrics
@@ -101,6 +113,8 @@ def masked_reinforce(
 
     clip: see `clip_mask`. weight: the ratio (importance sampling) or 1. one_side with the ratio has the gradient of the
     clipped loss. Source: arXiv 2509.24203; read in the authors' code.
+    epsilon_low, epsilon_high: the clip's distances from 1. ring_low, ring_high: distances from 1 beyond which clip=ring
+    lets decisions through again.
     """
     ratio, metrics = rows.token_ratio.detach(), _ratio_metrics(rows, rows.token_ratio)
     allowed = clip_mask(ratio, rows.advantages, clip, epsilon_low, epsilon_high, ring_low, ring_high)
@@ -124,6 +138,8 @@ def mixed_ratio(
     mix: the token's share; even = 1/2, entropy = the decision's entropy between the rollout's least and greatest, detached
     (1/2 where they are equal). pessimism: where the minimum of clipped and unclipped is taken: in each branch before the
     mix, of the mixed ratios, or nowhere (a clipped branch then has no gradient on either side).
+    epsilon_low, epsilon_high: how far the token's ratio may fall below 1 and rise above it before the clip.
+    sequence_epsilon_low, sequence_epsilon_high: the same of the sequence's.
     Raises ValueError for mix=entropy without entropies.
     Source: arXiv 2601.05607 through third parties (structure); the three forms and the ranges are ours.
     """
@@ -147,6 +163,8 @@ def taught_or_clipped(
     """The weighted distance to the teacher where there is a distillation weight, `clip_loss` of the token ratio elsewhere.
 
     Wants `distillation_weight` and `distillation`, both (B, T), in the rows' extras. Returns (B, T), metrics.
+    epsilon_low, epsilon_high: how far the ratio may fall below 1 and rise above it before the clip; epsilon_high=None
+    means as far. delta: cap of the ratio where A < 0; None = none.
     Source: arXiv 2604.02288; read in the text.
     """
     clipped, metrics = _clipped(rows, rows.token_ratio, epsilon_low, epsilon_high, delta)

@@ -243,13 +243,14 @@ class LanguageTrainer(GRPOTrainer):
         if advantage.dim() == 2:
             advantage = advantage.mean(-1)
         rewards = judged["rewards"].cpu()
+        unscored = judged["failed"].cpu() | rewards[:, self.weights != 0].isnan().all(1)
         columns = {
             "prompt_id": [str(i) for i in judged["ids"]],
             "prompt": [p if isinstance(p, str) else p[-1]["content"] for p in judged["prompts"]],
             "completion": judged["texts"],
             "advantage": advantage.tolist(),
             "keep": keep.tolist(),
-            "reward": (rewards * self.weights).nansum(1).masked_fill(judged["failed"].cpu(), math.nan).tolist(),
+            "reward": (rewards * self.weights).nansum(1).masked_fill(unscored, math.nan).tolist(),
         }
         for k, name in enumerate(self.scorer.names):
             columns[f"reward/{name}"] = rewards[:, k].tolist()

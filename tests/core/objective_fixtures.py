@@ -57,10 +57,11 @@ class Policy:
 
 
 def ragged_mask(rows, steps):
-    """Completions of every length from 1 to `steps`; where there is room, an observation interrupts the third one."""
+    """Completions of every length from 1 to `steps`, and an empty one; an observation interrupts the third one."""
     lengths = steps - torch.arange(rows) % steps
     mask = (torch.arange(steps) < lengths.unsqueeze(1)).long()
     mask[2::steps, 1] = 0
+    mask[3] = 0
     return mask
 
 

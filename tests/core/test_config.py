@@ -174,17 +174,7 @@ def test_an_extra_rollout_is_sampled_beside_every_group():
     made = batch(of(4, 4, 10), extra_rollouts=1)
     assert (made.group, made.rollouts, made.accumulation) == (5, 20, 2)
     assert made.line().startswith("4 prompts x (4 + 1) completions, 4 of them trained on, = 20 rollouts a step")
-    with pytest.raises(ConfigError, match="micro_batch=16 does not divide the 20 .*=4 x 5 completions"):
-        batch(of(4, 4, 16), extra_rollouts=1)
-    with pytest.raises(ConfigError, match="group_size=3 and 1 more have no median"):
-        batch(of(4, 3, None), extra_rollouts=1)
-
-
-def test_an_extra_rollout_is_sampled_beside_every_group():
-    made = batch(of(4, 4, 10), extra_rollouts=1)
-    assert (made.group, made.rollouts, made.accumulation) == (5, 20, 2)
-    assert made.line().startswith("4 prompts x (4 + 1) completions, 4 of them trained on, = 20 rollouts a step")
-    with pytest.raises(ConfigError, match="micro_batch=16 does not divide the 20 .*=4 x 5 completions"):
+    with pytest.raises(ConfigError, match=r"micro_batch=16 does not divide the 20 .*=4 x 5 completions"):
         batch(of(4, 4, 16), extra_rollouts=1)
     with pytest.raises(ConfigError, match="group_size=3 and 1 more have no median"):
         batch(of(4, 3, None), extra_rollouts=1)

@@ -282,6 +282,13 @@ def test_one_cluster_and_all_apart_are_the_ends():
     assert factor(answers(NAN, NAN, NAN), alpha=1.0).item() == 1
 
 
+def test_one_odd_answer_counts_as_more_disagreement_than_two_camps():
+    """Of the text's mean of logs; Shannon's entropy has it the other way round."""
+    odd, camps = answers(*[0] * 7, 1), answers(*[0] * 4, *[1] * 4)
+    assert factor(odd) < factor(camps)
+    assert factor(odd, entropy="shannon") > factor(camps, entropy="shannon")
+
+
 def test_group_of_one_has_weight_one():
     assert factor(answers(4.0), alpha=1.0).item() == 1
     assert factor(answers(4.0, 5.0, failed=[[True, False]]), alpha=1.0).item() == 1
@@ -543,6 +550,12 @@ def test_entropy_gate_of_three_tasks():
     )
     loss = gaussian_rank(band_coef=0.5).loss(rows)
     close(loss.sum / loss.count, doubles(0.5 * ((2.0 - 0.8) + (0.2 - 0.1))))
+
+
+def test_band_upside_down_is_refused():
+    given = group([[1, 0]], mask=torch.ones(2, 1), old_logps=torch.zeros(2, 1))
+    with pytest.raises(ValueError, match=r"entropy_low=0.9 is above entropy_high=0.8"):
+        gaussian_rank(entropy_low=0.9).credit(given)
 
 
 @pytest.mark.parametrize(("entropy", "band"), [(0.1, 0.1), (0.5, 0.0), (1.0, 0.2), (0.2, 0.0), (0.8, 0.0)])

@@ -143,6 +143,8 @@ def test_numbers_that_yaml_reads_as_text_are_numbers():
         ({"recipe": "grpo", "ddof": True}, "unknown value of ddof"),
         ({"recipe": "grpo", "epsilon_low": 1.5}, r"epsilon_low=1.5 .* outside \[0, 1\]"),
         ({"recipe": "grpo", "beta": -0.1}, "outside"),
+        ({"recipe": "distribution_centric", "cap": -1.0}, r"cap=-1.0 .* outside \[0, inf\]"),
+        ({"recipe": "gaussian_rank", "entropy_low": -0.2}, r"entropy_low=-0.2 .* outside \[0, inf\]"),
         ({"recipe": "grpo", "beta": float("nan")}, "outside"),
         ({"recipe": "grpo", "beta": None}, "beta=None .* is not float"),
         ({"recipe": "grpo", "delta": "high"}, "delta='high' .* is not float or null"),

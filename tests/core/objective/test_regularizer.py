@@ -195,6 +195,11 @@ def test_turns_are_runs_of_decisions_between_observations():
     assert guarded("token", new, old, mask, [1.0])[1] == [[-0.5, 0, 0, -0.5, 0]]
 
 
+@pytest.mark.parametrize("level", ["turn", "rollout"])
+def test_turn_that_is_as_likely_as_before_is_not_guarded(level):
+    assert guarded(level, [[-0.75, -0.25]], [[-0.5, -0.5]], [[1, 1]], [1.0])[0] == [0]
+
+
 def slow_guard(old, new, mask, level):
     """Walks over the tokens of one rollout."""
     turns, inside = [], False

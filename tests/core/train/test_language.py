@@ -256,10 +256,11 @@ CALLED = {  # method -> the parameters that are given by name or place
         "advantages", "per_token_logps", "sampling_per_token_logps", "mask", "off_policy_threshold",
     ),
     "get_high_entropy_mask": ("entropies", "mask", "threshold"),
+    "add_callback": ("callback",),
 }  # fmt: skip
 ATTRIBUTES = (  # read or written: self.<name> of the trainer
     "_buffered_inputs", "_entropy_bonus_enabled", "_entropy_window_stats", "_last_world_entropy", "_metrics", "_step",
-    "accelerator", "add_callback", "args", "aux_loss_enabled", "current_gradient_accumulation_steps", "entropy_coef",
+    "accelerator", "args", "aux_loss_enabled", "current_gradient_accumulation_steps", "entropy_coef",
     "max_completion_length", "model", "num_generations", "num_iterations", "off_policy_mask_threshold",
     "processing_class", "reward_weights", "temperature",
     "router_aux_loss_coef", "state", "top_entropy_quantile", "use_adaptive_entropy", "use_vllm", "vllm_generation",

@@ -17,7 +17,7 @@ OPTIONS = --app $(APP) $(if $(CONFIG),--config $(CONFIG)) $(if $(DATA),--data "$
           $(if $(TASK),--task $(TASK)) $(if $(SEED),--seed $(SEED)) $(if $(RUN),--run "$(RUN)") $(if $(SET),--set '$(SET)')
 RUN_CORE = $(BIN)/python -P -m core.main
 
-.PHONY: help setup train eval predict report check apps recipes docs new test test-slow lint results bench clean
+.PHONY: help setup train eval predict report check apps recipes family docs new test test-slow lint results bench clean
 help:  ## print these lines
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -61,6 +61,10 @@ lint: .venv/.dev  ## ruff: rules and format
 
 results: .venv/.app-$(APP)  ## rerun every number in APP's README into results/APP.json (about an hour)
 	$(BIN)/python -P benchmarks/results.py --app $(APP)
+
+family: .venv/.dev  ## compare all recipes: results/arena.* and results/mechanisms.* (about an hour; goes on where it stopped)
+	$(BIN)/python -P benchmarks/arena.py
+	$(BIN)/python -P benchmarks/mechanisms.py
 
 bench: .venv/.dev  ## the measured claims of benchmarks/
 	@for script in benchmarks/bench_*.py; do [ -e "$$script" ] || continue; $(BIN)/python -P "$$script" || exit 1; done

@@ -421,9 +421,9 @@ def median_against_outliers(budget: Budget, panels: Panels) -> list[dict]:
             gap["median", fair],
             graded(below(gap["median", fair]), below(gap["median", same]) and below(gap["mean", same])),
             "The rollout that mc_grpo drops is the one whose sign is least sure; grpo on the same rollouts is the fairer "
-            "control. At G=2 nothing is left against it (of three, mean and median lie between the same two), and without "
-            "outliers nothing at any G. Rewards of 0 and 1 have no outliers: the mean turns no sign there, and the median "
-            "leaves most rollouts without advantage.",
+            "control. Against it nothing is left at G=2 (of three, mean and median lie between the same two), nor without "
+            "outliers at G=4. Rewards of 0 and 1 have no outliers: the mean turns no sign there, and the median leaves most "
+            "rollouts without advantage.",
             difference_on_the_same_rollouts=gap["median", same], rates=rate["median"],
             from_the_mean_of_the_law={"difference": gap["mean", fair], "on the same rollouts": gap["mean", same]} | rate["mean"],
             without_outliers={"difference": gap["calm", fair], "on the same rollouts": gap["calm", same]} | rate["calm"],

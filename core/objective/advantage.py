@@ -121,7 +121,7 @@ def median_advantages(
     the lower of the two in the middle.
     mad_floor: least deviation to divide by; 0 is the released code. None = where it is 0 but for rounding (below 1e-5 of
     the group's standard deviation), that deviation instead: of right-or-wrong rewards it always is 0, and eps alone would
-    make advantages of 1000.
+    make advantages of 1000. Graded rewards that nearly agree have a small MAD, and an advantage of 50 beside it: set a floor.
     rebalance: times n / (rollouts whose advantage is not 0), n and rollouts being the scored ones.
     eps: added to the deviation.
     Raises ValueError for even n and for rewards per decision, whose medians are different rollouts.

@@ -191,6 +191,9 @@ class Recipe:
         """Raise ValueError if the recipe needs what `who` does not provide, or names a component that is not there."""
         if missing := [NEEDS[need] for need in NEEDS if need in self.needs - set(provides)]:
             raise ValueError(f"recipe {self.name} needs {'; and '.join(missing)}: {who} cannot give that")
+        low, high = (self.options.get(name, 0.0) for name in ("entropy_low", "entropy_high"))
+        if low > high:
+            raise ValueError(f"entropy_low={low:g} is above entropy_high={high:g}; there is no band between them")
         for option in COMPONENTS:
             if (name := self.options.get(option, None)) is not None and name not in components:
                 raise ValueError(unknown(f"reward component in {option}= of recipe {self.name}", name, components))

@@ -6,6 +6,7 @@ prompts by length, so one setting gives one padding and greedy answers are the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,3 +119,10 @@ def complete(
                 truncated[i] = not any(int(t) in ends for t in ids)
     model.train(training)
     return completions, truncated
+
+
+def context_length(model) -> float:
+    """Tokens that the model has positions for, prompt and completion together; infinite if its config does not say."""
+    config = model.config.get_text_config()
+    scaling = getattr(config, "rope_parameters", None) or {}
+    return getattr(config, "max_position_embeddings", math.inf) * max(1.0, scaling.get("factor") or 1.0)

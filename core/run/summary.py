@@ -71,7 +71,7 @@ def summarise(setup, data, folder: RunFolder, before, after, judge, task: str | 
         add(name, before.scores[name], after.scores[name])
     for name in before.sampled:
         add(f"{name}, sampled", before.sampled[name], after.sampled[name])
-    for name in before.rewards:
+    for name in (name for name in before.rewards if setup.composite[name][0]):
         add(f"reward {name}", before.rewards[name], after.rewards[name])
     parts = [app.part(row) if app.part else "" for row in rows]
     for name in sorted(set(parts) - {""}):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -94,7 +93,7 @@ def _run(
             if ranks.is_main():  # ours were checked when made
                 check_gold(app, judge, data, progress, rows=None if config.data.folder else 64)
         model, tokenizer, warm = start(app, config, data, judge, progress)
-        rows = fitting(data.train, tokenizer, config.rollout, context_length(model), progress)
+        rows = fitting(data.train, tokenizer, config.rollout, language.context_length(model), progress)
         refuse_few_prompts(len(rows), setup.batch)
         clock.mark("warmup")
         before = kept_evaluation(folder, "before", lambda: full_evaluation(model, tokenizer, judge, data.test, config))
@@ -172,6 +171,12 @@ class Setup:
         except ValueError as error:
             raise ConfigError(f"objective: {error}") from error
         refuse_recipe(self.recipe, list(self.composite), config)
+        negative = next((name for name, (weight, _) in self.composite.items() if weight < 0), None)
+        if negative and "gate" in self.recipe.options:
+            raise ConfigError(
+                f"rewards.weights.{negative}={self.composite[negative][0]:g} is negative, and recipe {self.recipe.name} gates a "
+                f"weighted mean; reward the opposite with a positive weight"
+            )
         self.batch: Batch = batch(config, self.processes, self.recipe.extra_rollouts)
         with quiet():
             arguments(
@@ -325,13 +330,6 @@ def lora(config: Config):
     )
 
 
-def context_length(model) -> float:
-    """Tokens that the model has positions for, prompt and completion together; infinite if its config does not say."""
-    config = model.config.get_text_config()
-    scaling = getattr(config, "rope_parameters", None) or {}
-    return getattr(config, "max_position_embeddings", math.inf) * max(1.0, scaling.get("factor") or 1.0)
-
-
 def fitting(rows: Sequence[Row], tokenizer, rollout: Rollout, context: float, progress: Progress) -> list[Row]:
     """Rows whose prompt keeps to rollout.max_prompt_length and, with its completion, to the model's context.
 
@@ -362,6 +360,8 @@ class Follow(TrainerCallback):
         self.setup, self.app, self.config = setup, setup.app, setup.config
         self.data, self.folder, self.judge, self.progress = data, folder, judge, progress
         self.stop, self.clock, self.tokenizer = stop, clock, tokenizer
+        # A component without weight is no reward: an identity's mean says nothing, and health would take it for a reward's.
+        self.unweighted = [f"rewards/{name}/" for name, (weight, _) in setup.composite.items() if not weight]
         self.health = Health(
             metric=setup.headline, updates_per_batch=setup.batch.steps_per_batch * setup.batch.iterations
         )
@@ -398,7 +398,7 @@ class Follow(TrainerCallback):
         if not ranks.is_main() or not logs or "loss" not in logs:
             return
         metrics = {NAMES.get(name, name): value for name, value in logs.items() if isinstance(value, int | float)}
-        kept = {k: v for k, v in metrics.items() if "/" not in k or not k.startswith("completions")}
+        kept = {k: v for k, v in metrics.items() if not k.startswith(("completions/", *self.unweighted))}
         self._record(state.global_step, kept)
 
     def _evaluate(self, step: int, model) -> None:

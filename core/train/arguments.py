@@ -95,6 +95,11 @@ def refuse_recipe(recipe: Recipe, components: Collection[str], config: Config) -
         recipe.refuse(PROVIDES, components, "the language trainer")
     except ValueError as error:
         raise ConfigError(f"objective: {error}") from error
+    if "teacher" in recipe.needs and config.run.control == "shuffled_advantages":
+        raise ConfigError(
+            f"recipe {recipe.name} also learns from right answers that a teacher sees, and run.control=shuffled_advantages "
+            f"shuffles advantages alone; use run.control=random_rewards"
+        )
     if "teacher" in recipe.needs and config.launch.strategy != "ddp":
         raise ConfigError(
             f"recipe {recipe.name} has a teacher with weights of its own, and launch.strategy={config.launch.strategy} "

@@ -68,7 +68,7 @@ class Asked:
     forward(model, rows): TRL's pass over the rank's rows (a slice or indices), in micro-batches: (log-probs, entropies).
     gathered: (local B, T) -> (B, T) of all ranks. model, temperature: the policy and its sampler's.
     ids, mask: (local B, T), tokens and those that carry loss. size: G. micro: rows in one pass.
-    teacher: None if the recipe needs none. siblings: (prompts, texts) of the rank's rows.
+    teacher: None if the recipe needs none. prompts: of the rank's rows.
     After `teach`, `rows` holds `teacher_ids` and `teacher_mask`, (local B, its prompt's length), for the loss.
     """
 
@@ -85,11 +85,11 @@ class Asked:
         size: int,
         micro: int,
         teacher: Teacher | None,
-        siblings: tuple[Sequence[Any], Sequence[str]],
+        prompts: Sequence[Any],
     ):
         self.forward, self.gathered, self.mine, self.model = forward, gathered, mine, model
         self.temperature, self.ids, self.mask, self.size = temperature, ids, mask, size
-        self.micro, self.teacher, self.siblings, self.rows = micro, teacher, siblings, {}
+        self.micro, self.teacher, self.prompts, self.rows = micro, teacher, prompts, {}
 
     def tempered_logps(self, temperature: float) -> Tensor:
         whole = Whole(self.model, self.ids.shape[1], self.temperature * temperature)
@@ -115,7 +115,6 @@ class Asked:
         return self.gathered(total), self.gathered(own)
 
     def teach(self, taught: Tensor, right: Tensor) -> Tensor:
-        prompts, _ = self.siblings
         right = right.flatten()[self.mine].view(-1, self.size)
         first = right.int().argmax(dim=1).repeat_interleave(self.size)
         first = (first + torch.arange(len(first), device=first.device) // self.size * self.size).tolist()
@@ -123,7 +122,7 @@ class Asked:
         marks = torch.tensor(self.teacher.tokenizer.all_special_ids, device=self.ids.device)
         plain = ~torch.isin(self.ids, marks)
         answers = [self.ids[i][plain[i]].tolist() if shows else None for i, shows in zip(first, chosen, strict=True)]
-        ids, mask = self.teacher.prompts(prompts, answers, self.ids)
+        ids, mask = self.teacher.prompts(self.prompts, answers, self.ids)
         self.rows = {"teacher_ids": ids, "teacher_mask": mask}
         entropy = torch.zeros(self.ids.shape, device=self.ids.device)
         for rows in torch.tensor([i for i, one in enumerate(chosen) if one], device=self.ids.device).split(self.micro):

@@ -34,9 +34,10 @@ from core.config import Batch, Config, ConfigError
 from core.objective.group import Group
 from core.objective.recipes import Recipe
 from core.objective.rows import Counts, Metrics, Rows
+from core.policy.language import context_length
 from core.scoring import Scorer
 from core.train.arguments import arguments, refuse_few_prompts, refuse_recipe
-from core.train.asked import Asked, Teacher, Whole
+from core.train.asked import Asked, Teacher, Whole, shown
 from core.train.health import Guard, finite_sampling
 
 TEACHER = "teacher.pt"  # a checkpoint's averaged weights; the same on all ranks
@@ -93,9 +94,16 @@ class LanguageTrainer(GRPOTrainer):
         )
         self.teacher = None
         if "teacher" in recipe.needs:
+            for row in rows:
+                shown(row["prompt"], "")  # refuses what it cannot show an answer in
             policy = self.accelerator.unwrap_model(self.model)
-            longest = getattr(policy.config.get_text_config(), "max_position_embeddings", math.inf)
-            self.teacher = Teacher(policy, tokenizer, self.temperature, longest)
+            self.teacher = Teacher(
+                policy,
+                tokenizer,
+                self.temperature,
+                context_length(policy),
+                {"chat_template": self.chat_template, **self.chat_template_kwargs},
+            )
             self.add_callback(self.teacher)
         self.reward_weights = self.weights  # TRL logs the weighted sum as `reward`
         if self.use_vllm and peft_config is not None and config.launch.strategy == "ddp":
@@ -144,7 +152,10 @@ class LanguageTrainer(GRPOTrainer):
             "texts": gather_object(texts),
             "reasons": gather_object(scores.reasons),
         }
-        return self._judged["rewards"]
+        counted = self._judged["rewards"][:, self.weights.to(values.device) != 0]
+        return self._judged["rewards"].masked_fill(
+            counted.isnan().all(1, keepdim=True), math.nan
+        )  # else TRL logs reward 0
 
     def _generate_and_score_completions(self, inputs):
         with finite_sampling(f"step {self.state.global_step + 1}"):
@@ -171,7 +182,7 @@ class LanguageTrainer(GRPOTrainer):
         for name, value in credit.metrics.items():
             self._metrics["train"][name].append(float(value))
         if self.on_rollouts and self.accelerator.is_main_process:
-            self.on_rollouts(self.state.global_step + 1, self._rollout_columns(advantage, keep))
+            self.on_rollouts(self.state.global_step + 1, self._rollout_columns(advantage, keep, group.mask))
         return output
 
     def _group(self, output: dict[str, Any], mine: slice) -> tuple[Group, Asked]:
@@ -191,7 +202,7 @@ class LanguageTrainer(GRPOTrainer):
             size=self.num_generations,
             micro=self.args.per_device_train_batch_size,
             teacher=self.teacher,
-            siblings=(self._judged["prompts"][mine], self._judged["texts"][mine]),
+            prompts=self._judged["prompts"][mine],
         )
         old = output.get("old_per_token_logps")
         if old is None and "old_logps" in self.recipe.needs:
@@ -238,10 +249,8 @@ class LanguageTrainer(GRPOTrainer):
         """The controls' randomness: a function of seed and step alone, so that a resumed control is the same control."""
         return torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
 
-    def _rollout_columns(self, advantage: torch.Tensor, keep: torch.Tensor) -> dict[str, list]:
-        judged = self._judged
-        if advantage.dim() == 2:
-            advantage = advantage.mean(-1)
+    def _rollout_columns(self, advantage: torch.Tensor, keep: torch.Tensor, mask: torch.Tensor) -> dict[str, list]:
+        judged, advantage = self._judged, _per_rollout(advantage, mask)
         rewards = judged["rewards"].cpu()
         unscored = judged["failed"].cpu() | rewards[:, self.weights != 0].isnan().all(1)
         columns = {
@@ -309,7 +318,7 @@ class LanguageTrainer(GRPOTrainer):
             "completion": read(inputs["completion_ids"]),
             "tokens": mask.sum(1).tolist(),
             "not_finite_tokens": bad.tolist(),
-            "advantage": inputs["advantages"].float().view(len(bad), -1).mean(1).tolist(),
+            "advantage": _per_rollout(inputs["advantages"].float(), mask).tolist(),
             "keep": inputs["keep"].tolist(),
         }
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -419,7 +428,7 @@ class LanguageTrainer(GRPOTrainer):
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
         path = self._generation_file(checkpoint)
-        state = torch.load(path, map_location=self.accelerator.device, weights_only=True) if path.exists() else {}
+        state = torch.load(path, map_location=self.accelerator.device.type, weights_only=True) if path.exists() else {}
         written = ranks.gather([state.get("ranks", 0)])
         if max(written) != ranks.count():
             raise ConfigError(
@@ -433,7 +442,7 @@ class LanguageTrainer(GRPOTrainer):
         self._step, self._buffered_inputs = state["step"], state["batch"]
         if self.teacher:
             path = Path(checkpoint) / TEACHER
-            self.teacher.load_state_dict(torch.load(path, map_location=self.accelerator.device, weights_only=True))
+            self.teacher.load_state_dict(torch.load(path, map_location=self.accelerator.device.type, weights_only=True))
 
     @staticmethod
     def _generation_file(checkpoint: str) -> Path:
@@ -464,6 +473,11 @@ def _loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
     """(B, T): 1 on tokens that the policy wrote and that carry loss."""
     mask = inputs["completion_mask"]
     return mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]
+
+
+def _per_rollout(advantage: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(B,): advantages as they are, or the mean of (B, T) over the decisions that carry loss."""
+    return advantage if advantage.dim() == 1 else (advantage * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def _named(name: str) -> Callable:

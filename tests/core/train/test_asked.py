@@ -271,7 +271,7 @@ def test_the_teacher_sees_the_first_right_sibling_and_rates_the_tokens_of_the_wr
     right = group.right(1.0)
     assert right.any()
     assert not right.all()
-    rows, texts = kept["asked"].rows, kept["asked"].siblings[1]
+    rows, texts = kept["asked"].rows, kept["trainer"]._judged["texts"]
     assert logged(kept["trainer"], "taught")[0] > 0
     policy = model()
     policy.load_state_dict(kept["policy"])
@@ -280,7 +280,7 @@ def test_the_teacher_sees_the_first_right_sibling_and_rates_the_tokens_of_the_wr
         if not (wrong and right[p].any()):
             continue
         sibling = p * 8 + right[p].int().argmax()
-        prompt = kept["asked"].siblings[0][i]
+        prompt = kept["asked"].prompts[i]
         text = asked.SHOWN.format(prompt=prompt, answer=texts[sibling])
         expected = encode(text)["input_ids"]
         shown = rows["teacher_ids"][i][rows["teacher_mask"][i].bool()].tolist()
@@ -415,7 +415,7 @@ def test_the_sibling_s_own_end_and_padding_are_not_shown(ours):
     question = asked.Asked(
         forward=None, gathered=lambda values: values, mine=slice(0, 2), model=None, temperature=1.0, ids=ids,
         mask=torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]), size=2, micro=2, teacher=trainer.teacher,
-        siblings=(PROMPTS[:1] * 2, ["red green", "blue blue blue"]),
+        prompts=PROMPTS[:1] * 2,
     )  # fmt: skip
     question.teach(torch.tensor([[False, True]]), torch.tensor([[True, False]]))
     shown = question.rows["teacher_ids"][1].tolist()
@@ -535,6 +535,63 @@ def test_the_gradient_of_the_distance_is_the_policy_s_alone(adapter, ours):
     assert extras["distillation"][0].eq(0).all()
     torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
     assert max(value.abs().max() for value in expected.values()) > 1e-3
+
+
+def test_a_run_with_a_teacher_goes_on_where_devices_have_numbers(ours, workers, tmp_path):
+    """As with several ranks on a CPU, whose devices are cpu:0, cpu:1, ..."""
+    config = settings(steps=3, passes=2, save_strategy="steps")
+    make = partial(language_trainer, workers, rewards=REWARDS, recipe=RECIPES["sample_routed"], config=config)
+    train(make(tmp_path / "a"))
+    resumed = make(tmp_path / "b")
+    resumed.accelerator.state.device, device = torch.device("cpu", 0), resumed.accelerator.state.device
+    try:
+        resumed._load_rng_state(str(tmp_path / "a" / "ours" / "checkpoint-3"))
+    finally:
+        resumed.accelerator.state.device = device
+    assert resumed._buffered_inputs is not None
+
+
+def test_a_chat_is_rendered_for_the_teacher_with_the_trainer_s_own_arguments(ours):
+    kwargs = {"enable_thinking": False}
+    trainer = ours(recipe=RECIPES["sample_routed"], config=settings(chat_template_kwargs=kwargs))
+    assert trainer.teacher.template == {"chat_template": None, **kwargs}
+
+
+def test_a_prompt_that_cannot_show_an_answer_is_refused_before_work(ours):
+    with pytest.raises(ConfigError, match="role 'assistant'"):
+        ours(recipe=RECIPES["sample_routed"], prompts=[[{"role": "assistant", "content": "Well,"}]] * 4)
+
+
+def test_a_control_that_shuffles_advantages_is_refused_beside_a_teacher(ours):
+    with pytest.raises(ConfigError, match=r"use run\.control=random_rewards"):
+        ours(recipe=RECIPES["sample_routed"], config=settings(control="shuffled_advantages"))
+
+
+def test_a_rollout_s_advantage_is_the_mean_over_its_own_tokens(ours):
+    kept = {}
+    trainer = ours(
+        recipe=RECIPES["token_hidden_reward"],
+        config=settings(steps=1, passes=1),
+        on_rollouts=lambda step, columns: kept.update(columns),
+    )
+    with Watched(trainer.recipe) as seen:
+        train(trainer)
+    advantage, mask = seen.credits[0].advantage, seen.groups[0].mask
+    expected = [row[used.bool()].mean().item() for row, used in zip(advantage, mask, strict=True)]
+    assert kept["advantage"] == pytest.approx(expected, abs=1e-6)
+    assert mask.sum(1).min() < mask.shape[1]
+
+
+def test_a_component_without_weight_makes_no_reward_of_0(workers, tmp_path):
+    kept = {}
+    trainer = language_trainer(
+        workers, tmp_path, rewards=("early_end", "has_colour"), weights=[1.0, 0.0], config=settings(steps=1, passes=1),
+        on_rollouts=lambda step, columns: kept.update(columns),
+    )  # fmt: skip
+    train(trainer)
+    rewards = torch.tensor(kept["reward"])
+    assert 0 < rewards.isnan().sum() < len(rewards)
+    assert logged(trainer, "reward") == pytest.approx([rewards.nanmean().item()])
 
 
 def test_several_ways_of_asking_combine(ours):

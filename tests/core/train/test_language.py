@@ -206,7 +206,9 @@ def test_merged_lora_weights_have_trl_s_names_and_bits_and_leave_the_base_as_it_
 
 
 def test_a_recipe_that_needs_what_the_trainer_cannot_give_is_refused(ours):
-    with pytest.raises(ConfigError, match=r"recipe grpo needs a reward per decision .*: the language trainer cannot give"):
+    with pytest.raises(
+        ConfigError, match=r"recipe grpo needs a reward per decision .*: the language trainer cannot give"
+    ):
         ours(replace(RECIPES["grpo"], needs=frozenset({"aligned", "whole_rollouts"})))
     config = replace(settings(), launch=Launch(strategy="fsdp"))
     with pytest.raises(ConfigError, match=r"sample_routed has a teacher .* use launch.strategy=ddp"):
@@ -260,7 +262,8 @@ CALLED = {  # method -> the parameters that are given by name or place
 }  # fmt: skip
 ATTRIBUTES = (  # read or written: self.<name> of the trainer
     "_buffered_inputs", "_entropy_bonus_enabled", "_entropy_window_stats", "_last_world_entropy", "_metrics", "_step",
-    "accelerator", "args", "aux_loss_enabled", "current_gradient_accumulation_steps", "entropy_coef",
+    "accelerator", "args", "aux_loss_enabled", "chat_template", "chat_template_kwargs",
+    "current_gradient_accumulation_steps", "entropy_coef",
     "max_completion_length", "model", "num_generations", "num_iterations", "off_policy_mask_threshold",
     "processing_class", "reward_weights", "temperature",
     "router_aux_loss_coef", "state", "top_entropy_quantile", "use_adaptive_entropy", "use_vllm", "vllm_generation",

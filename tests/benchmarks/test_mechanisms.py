@@ -14,7 +14,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import mechanisms
-from mechanisms import QUICK, RECIPES, Toy, credit, gradient, grpo, interval, sampled, training
+from mechanism_entries import QUICK, grpo, interval, panel
+from toy import Sampled, Toy, credit, gradient, sampled, training
+
+from core.objective.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
 KEYS = {"recipe", "claim", "measure", "value", "ci95", "control", "holds", "note"}
@@ -106,7 +109,7 @@ def test_learners_do_not_hear_of_each_other(name):
     for i in range(3):
         at = slice(i, i + 1)
         parts = (batch.sampler[at], batch.completions[at], batch.old[at], batch.outcome[at], batch.weights[at])
-        alone = credit(RECIPES[name], mechanisms.Sampled(toy.one(at), *parts))
+        alone = credit(RECIPES[name], Sampled(toy.one(at), *parts))
         torch.testing.assert_close(whole.advantage.view(3, 8, -1)[i].squeeze(1), alone.advantage.view(8, -1).squeeze(1))
         for extra, values in alone.extras.items():
             torch.testing.assert_close(whole.extras[extra].view(3, -1)[i], values)
@@ -127,7 +130,7 @@ def test_passes_are_updates_on_the_same_batch_and_training_repeats_itself():
     again = [batch.weights for batch in training(toy, grpo, 3, lr=1.0)]
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
     (first,) = training(toy, grpo, 1, lr=1.0, passes=2)
-    batch = mechanisms.Sampled(toy, toy.start, first.completions, first.old, first.outcome, once[0])
+    batch = Sampled(toy, toy.start, first.completions, first.old, first.outcome, once[0])
     torch.testing.assert_close(first.weights, once[0] - gradient(grpo, batch, first.advantage.flatten()))
 
 
@@ -159,7 +162,7 @@ def test_the_interval_is_the_bootstrap_of_the_mean_without_nan():
 
 
 def test_a_small_plot_has_an_interval_at_each_x():
-    plot = mechanisms.panel([1, 2], "x", "y", {"sampled": [[1.0, 1.0], [0.0, 2.0]], "exact": [5.0, 6.0]})
+    plot = panel([1, 2], "x", "y", {"sampled": [[1.0, 1.0], [0.0, 2.0]], "exact": [5.0, 6.0]})
     assert plot["lines"]["sampled"] == {"y": [1.0, 1.0], "low": [1.0, 0.0], "high": [1.0, 2.0]}
     assert plot["lines"]["exact"]["low"] == plot["lines"]["exact"]["high"] == [5.0, 6.0]
 

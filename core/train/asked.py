@@ -59,7 +59,8 @@ def whole_logs(model: Any, keep: int, temperature: float, **inputs: Any) -> tupl
     if "logits_to_keep" in inspect.signature(type(inner).forward).parameters:
         inputs["logits_to_keep"] = keep + 1  # a prompt's logits may take more memory than all the rest
     outputs = model(**inputs, use_cache=False)
-    return (outputs.logits[:, -keep - 1 : -1].float() / temperature).log_softmax(dim=-1), outputs
+    logits = outputs.logits[:, -keep - 1 : -1]
+    return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(dim=-1), outputs
 
 
 class Asked:
@@ -128,7 +129,7 @@ class Asked:
         for rows in torch.tensor([i for i, one in enumerate(chosen) if one], device=self.ids.device).split(self.micro):
             if len(rows):
                 logs = self.teacher.logs(ids[rows], mask[rows], self.ids[rows], self.mask[rows])
-                entropy[rows] = -(logs.exp() * logs).sum(dim=-1)
+                entropy[rows] = -(logs.exp() * logs).sum(dim=-1).to(entropy.dtype)
         return self.gathered(entropy)
 
 

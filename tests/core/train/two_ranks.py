@@ -1,6 +1,7 @@
 """Two updates of LanguageTrainer on stored rollouts, for each recipe; the second's gradients go to the file argv[1].
 
 The second is off-policy, so that ratios, clips and guards count. Plain SGD: Adam would make steps of rounding errors.
+Weights are float64; TRL's fused head computes in float32 all the same.
 
 Run alone or under a launcher: `python two_ranks.py out.pt`, `python -m torch.distributed.run --nproc-per-node 2 ...`.
 """
@@ -75,7 +76,7 @@ def gradients(options: dict, micro: int) -> dict[str, torch.Tensor]:
     rewards = {name: getattr(language_rewards, name) for name in ("spread", "unsure_of_some")}
     with tempfile.TemporaryDirectory() as folder, Scorer(rewards, workers=1) as scorer:
         trainer = Stored(
-            model=model(),
+            model=model().double(),
             tokenizer=tokenizer(),
             rows=[{"id": prompt, "prompt": prompt} for prompt in PROMPTS],
             scorer=scorer,

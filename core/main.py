@@ -45,6 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if number == signal.SIGTERM and not alone else 128 + number
     except ranks.OtherRankFailed:
         return 2
+    except BrokenPipeError:  # whoever reads the output has seen enough, as in `make recipes | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, WorkerError, RewardsFailing) as error:  # most are subclasses of ours of ValueError
         if os.environ.get("DEBUG"):
             raise

@@ -3,6 +3,7 @@
 import re
 import signal
 import sqlite3
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -290,3 +291,12 @@ def test_where_a_run_lives_and_the_command_that_does_it_again():
     for run, path in (("mine", "runs/text_to_sql/mine"), ("a/b", "a/b")):
         options.run = run
         assert run_path(options, app, config) == Path(path)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    start = [sys.executable, "-P", "-m", "core.main", "recipes"]
+    started = subprocess.Popen(start, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    started.stdout.close()
+    with started.stderr as errors:
+        assert errors.read() == b""
+    assert started.wait() == 0

@@ -64,6 +64,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # what a recipe must be told of this tas
     "dagrpo": {"quality": "digits"},
     "seed_grpo": {"answers": "answer"},
 }
+SEEDS = [0, 1, 2, 3, 4]
 SMALL_GROUPS = ("grpo", "mc_grpo", "ngrpo")  # grpo, and those that claim to do well with few rollouts a prompt
 
 
@@ -111,7 +112,7 @@ class Run:
 def main(arguments: Sequence[str] | None = None) -> Path:
     parse = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parse.add_argument("--jobs", type=int, default=2, help="processes, one torch thread each")
-    parse.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parse.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parse.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES), metavar="RECIPE")
     parse.add_argument("--quick", action="store_true", help="a few steps of two recipes: does it run, not who wins")
     parse.add_argument("--output", type=Path, default=Path("results"), help="folder of arena.json and arena.svg")
@@ -129,13 +130,22 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     summary = summarise(results, refused) | {
         "settings": asdict(settings),
         "cpu_seconds": cpu_seconds(results, settings, options.work),
-        "command": " ".join(["python -P benchmarks/arena.py", *(sys.argv[1:] if arguments is None else arguments)]),
+        "command": command(options),
         "git": git_revision(),
     }
     path = RunFolder(options.output).write_json("arena.json", summary)
     draw(summary, options.output / "arena.svg")
     show(summary)
     return path
+
+
+def command(options: argparse.Namespace) -> str:
+    """What makes the same numbers again: without the folders and the number of processes, which decide none of them."""
+    words = ["python -P benchmarks/arena.py"] + ["--quick"] * options.quick
+    if not options.quick:
+        words += [f"--seeds {' '.join(map(str, options.seeds))}"] * (options.seeds != SEEDS)
+        words += [f"--recipes {' '.join(options.recipes)}"] * (options.recipes != list(RECIPES))
+    return " ".join(words)
 
 
 def planned(recipes: Sequence[str], seeds: Sequence[int], sizes: Sequence[int], rates: Sequence[float]) -> list[Run]:

@@ -305,4 +305,5 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         axes.grid(axis=grid, alpha=0.3)
     forest.spines["left"].set_visible(False)
     forest.tick_params(axis="y", length=0)
-    figure.savefig(path, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "arena"}):  # the same figure has the same bytes
+        figure.savefig(path, metadata={"Date": None})

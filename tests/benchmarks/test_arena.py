@@ -1,5 +1,6 @@
 """benchmarks/arena.py runs, goes on where it stopped, and measures what it says; its statistics, in closed form."""
 
+import argparse
 import itertools
 import json
 import math
@@ -19,6 +20,7 @@ from arena import QUICK, Run, perform, planned, warm_start
 from arena_report import critical_t, detectable, draw, estimate, holm, show, summarise, two_sided_p, verdict
 
 from core.config import Model
+from core.objective.recipes import RECIPES
 from core.policy import language
 from core.train.asked import shown
 
@@ -31,11 +33,15 @@ def work(tmp_path_factory):
     return tmp_path_factory.mktemp("arena")
 
 
-@pytest.fixture(scope="module")
-def quick(work):
-    """The quick call and what it wrote."""
+def call(work):
+    """The quick call, and what it wrote."""
     path = arena.main(["--quick", "--jobs", "1", "--work", str(work), "--output", str(work / "results")])
     return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def quick(work):
+    return call(work)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +54,7 @@ def test_quick_writes_what_it_promises(quick, work):
         "settings", "runs", "recipes", "small_groups", "rates", "controls", "smallest_detectable",
         "false_alarms_expected", "cpu_seconds", "command", "git",
     }  # fmt: skip
+    assert quick["command"] == "python -P benchmarks/arena.py --quick"  # and no folder of this machine
     grpo, dapo = quick["recipes"]
     assert (grpo["recipe"], dapo["recipe"]) == ("grpo", "dapo")
     assert set(grpo) >= RECIPE
@@ -69,7 +76,7 @@ def test_a_second_call_runs_only_what_is_missing_and_that_comes_out_the_same(qui
     assert len(files) == 8
     files[0].unlink()
     before = {file: file.stat().st_mtime_ns for file in files[1:]}
-    again = json.loads(arena.main(quick["command"].split()[3:]).read_text())
+    again = call(work)
     assert {file: file.stat().st_mtime_ns for file in files[1:]} == before
     assert files[0].exists()
     for old, new in zip(quick["runs"], again["runs"], strict=True):
@@ -342,3 +349,10 @@ def test_differences_are_paired_by_seed_and_stay_within_rate_and_group_size(tmp_
     assert "rate x 0.5" in printed
     draw(found, tmp_path / "arena.svg")
     assert "shuffled advantages" in (tmp_path / "arena.svg").read_text()
+
+
+def test_the_command_says_what_decides_numbers():
+    given = argparse.Namespace(quick=False, seeds=[0, 1], recipes=["grpo", "dapo"], work="somewhere", jobs=7)
+    assert arena.command(given) == "python -P benchmarks/arena.py --seeds 0 1 --recipes grpo dapo"
+    given.seeds, given.recipes = arena.SEEDS, list(RECIPES)
+    assert arena.command(given) == "python -P benchmarks/arena.py"

@@ -26,7 +26,6 @@ from language_fixtures import (
     logged,
     mixture_of_experts,
     model,
-    one_worker,
     same,
     settings,
     tokenizer,
@@ -42,13 +41,6 @@ from core.train import asked
 COMPONENTS = {"gate": "early_end", "quality": "early_end", "answers": "early_end"}
 REWARDS = ("has_colour", "early_end")
 TRAINED = [name for name in RECIPES if "aligned" not in RECIPES[name].needs]
-
-
-@pytest.fixture(scope="module")
-def workers():
-    pool = one_worker()
-    yield pool
-    pool.close()
 
 
 @pytest.fixture

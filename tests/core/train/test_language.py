@@ -23,20 +23,13 @@ from trl.generation.vllm_generation import VLLMGeneration
 sys.path.insert(0, str(Path(__file__).parent))  # workers get the parent's sys.path
 
 import language_rewards
-from language_fixtures import PROMPTS, language_trainer, logged, model, one_worker, same, settings, train
+from language_fixtures import PROMPTS, language_trainer, logged, model, same, settings, train
 
 from core.config import ConfigError, Launch
 from core.objective.recipes import RECIPES, build
 from core.objective.reduction import reduce_loss
 from core.train import language
 from core.train.language import LanguageTrainer
-
-
-@pytest.fixture(scope="module")
-def workers():
-    pool = one_worker()
-    yield pool
-    pool.close()
 
 
 @pytest.fixture

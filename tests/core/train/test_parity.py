@@ -21,7 +21,6 @@ from language_fixtures import (
     logged,
     mixture_of_experts,
     model,
-    one_worker,
     same,
     settings,
     stock_trainer,
@@ -41,13 +40,6 @@ ALL_AT_ONCE = {"micro": 4, "passes": 2, "parts": 2, "steps": 6}
 REWARDS, WEIGHTS = ("spread", "shortness"), [1.0, 0.3]
 SAME_NAME = ("loss", "grad_norm", "reward", "reward_std", "rewards/shortness/mean", "completions/mean_length",
              "entropy_coef", "aux_loss")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def workers():
-    pool = one_worker()
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,60 @@
+"""results/: no file names a machine's folder, and the figures that the README quotes are those of the files."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = " ".join((ROOT / "README.md").read_text().split())
+FILES = sorted((ROOT / "results").glob("*.json"))
+
+
+def result(name):
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+
+
+def signed(value):
+    return f"{value:+.3f}".replace("0.", ".", 1) if round(value, 3) else ".000"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_no_command_names_a_folder_of_a_machine(path):
+    command = json.loads(path.read_text())["command"]
+    assert not re.search(r"(?<![\w.])[/~]\S", command)
+
+
+def test_the_readme_quotes_the_arena():
+    arena = result("arena")
+    by_name = {one["recipe"]: one for one in arena["recipes"]}
+    verdicts = Counter(one.get("verdict") for one in arena["recipes"])
+    tie, worse = verdicts["tie"], verdicts["worse"]
+    assert verdicts["better"] == 0
+    assert f"{tie} of {tie + worse} tie with it, {worse} end below" in README
+    assert f"ends at {by_name['grpo']['end']:.2f}".replace("0.", ".") in README
+    assert f"more than the {arena['smallest_detectable']['diff']['seeds']['5']:.3f}".replace("0.", ".") in README
+    assert [name for name, one in by_name.items() if one.get("holm") == "worse"] == ["mc_grpo"]
+    low, high = by_name["mc_grpo"]["diff_ci95"]
+    assert f"{signed(by_name['mc_grpo']['diff'])} [{signed(low)}, {signed(high)}]" in README
+    small = next(one for one in arena["small_groups"] if (one["recipe"], one["group"]) == ("mc_grpo", 2))
+    low, high = small["diff_ci95"]
+    assert f"({signed(small['diff'])} [{signed(low)}, {signed(high)}])" in README
+    assert {one["name"]: f"{one['end']:.2f}" for one in arena["controls"]} == {
+        "shuffled advantages": "0.09",
+        "warm start, no training": "0.34",
+    }
+    assert "shuffled advantages at .09" in README
+    assert "warm start .34" in README
+
+
+def test_the_readme_counts_the_mechanisms():
+    holds = Counter(str(one["holds"]) for one in result("mechanisms")["mechanisms"])
+    counted = f"{holds['True']} hold, {holds['partly']} hold in part and {holds['False']} did not show"
+    assert f"Of {sum(holds.values())} claims {counted}" in README
+
+
+def test_the_readme_bounds_the_cost():
+    assert max(one["ci95"][1] for one in result("recipe_cost")["cases"]) < 0.006
+    assert "under 0.6 % of a step" in README

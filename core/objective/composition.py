@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import math
 import types
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import partial
@@ -191,16 +191,40 @@ class Recipe:
         """Raise ValueError if the recipe needs what `who` does not provide, or names a component that is not there."""
         if missing := [NEEDS[need] for need in NEEDS if need in self.needs - set(provides)]:
             raise ValueError(f"recipe {self.name} needs {'; and '.join(missing)}: {who} cannot give that")
-        low, high = (self.options.get(name, 0.0) for name in ("entropy_low", "entropy_high"))
-        if low > high:
-            raise ValueError(f"entropy_low={low:g} is above entropy_high={high:g}; there is no band between them")
         for option in COMPONENTS:
             if (name := self.options.get(option, None)) is not None and name not in components:
                 raise ValueError(unknown(f"reward component in {option}= of recipe {self.name}", name, components))
 
+    def rehearse(self, weights: Mapping[str, float], outcome: str) -> None:
+        """Gives credit to a made-up group with these components, so that options at odds are refused before work starts.
+
+        Raises ValueError as `credit` does.
+        """
+        size = 2 + self.extra_rollouts
+        self.credit(
+            Group(
+                rewards=torch.zeros(1, size, len(weights)),
+                weights=torch.tensor(list(weights.values())),
+                mask=torch.ones(size, 1),
+                old_logps=torch.zeros(size, 1),
+                names=tuple(weights),
+                outcome=list(weights).index(outcome),
+                model=_Silent(torch.zeros(size, 1)),
+            )
+        )
+
     def _slots(self) -> list[str]:
         unused = LOSS_SLOTS if self.loss_fn else ("loss_fn",)
         return [slot for slot in SLOTS if slot not in unused]
+
+
+class _Silent:
+    """A model for rehearsals: zeros, whatever it is asked."""
+
+    def __init__(self, zeros: Tensor):
+        self.tempered_logps = lambda temperature: zeros
+        self.influence = lambda right: (zeros, zeros)
+        self.teach = lambda taught, right: zeros
 
 
 def combine(recipes: Sequence[Recipe]) -> Recipe:

@@ -170,13 +170,8 @@ class Setup:
             self.recipe = recipes.build(config.objective)
         except ValueError as error:
             raise ConfigError(f"objective: {error}") from error
-        refuse_recipe(self.recipe, list(self.composite), config)
-        negative = next((name for name, (weight, _) in self.composite.items() if weight < 0), None)
-        if negative and "gate" in self.recipe.options:
-            raise ConfigError(
-                f"rewards.weights.{negative}={self.composite[negative][0]:g} is negative, and recipe {self.recipe.name} gates a "
-                f"weighted mean; reward the opposite with a positive weight"
-            )
+        weights = {name: weight for name, (weight, _) in self.composite.items()}
+        refuse_recipe(self.recipe, weights, app.outcome, config)
         self.batch: Batch = batch(config, self.processes, self.recipe.extra_rollouts)
         with quiet():
             arguments(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -89,10 +89,11 @@ def _spread(launch: Launch) -> dict[str, Any]:
     return {"fsdp": True, "fsdp_config": settings} if launch.strategy == "fsdp" else {"deepspeed": settings}
 
 
-def refuse_recipe(recipe: Recipe, components: Collection[str], config: Config) -> None:
-    """Raise ConfigError if the language trainer cannot give what the recipe needs, with these reward components."""
+def refuse_recipe(recipe: Recipe, weights: Mapping[str, float], outcome: str, config: Config) -> None:
+    """Raise ConfigError if the language trainer cannot give what the recipe needs, with these components' weights."""
     try:
-        recipe.refuse(PROVIDES, components, "the language trainer")
+        recipe.refuse(PROVIDES, weights, "the language trainer")
+        recipe.rehearse(weights, outcome)
     except ValueError as error:
         raise ConfigError(f"objective: {error}") from error
     if "teacher" in recipe.needs and config.run.control == "shuffled_advantages":

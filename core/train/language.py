@@ -74,7 +74,7 @@ class LanguageTrainer(GRPOTrainer):
         callbacks: Sequence[Any] = (),
         peft_config: Any = None,
     ):
-        refuse_recipe(recipe, scorer.names, config)
+        refuse_recipe(recipe, dict(zip(scorer.names, weights, strict=True)), outcome, config)
         refuse_few_prompts(len(rows), batch)
         self.rows, self.scorer, self.recipe, self.outcome = rows, scorer, recipe, outcome
         self.run_control, self.on_rollouts = config.run.control, on_rollouts  # Trainer.control is something else

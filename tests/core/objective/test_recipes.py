@@ -291,3 +291,22 @@ def test_group_without_an_outcome_works_or_is_refused_in_words(recipe):
             recipe.credit(given)
     else:
         assert recipe.credit(given).advantage.isfinite().all()
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES.values() if "aligned" not in r.needs], ids=lambda r: r.name)
+def test_a_rehearsal_lets_every_recipe_through(recipe):
+    recipe.rehearse(dict.fromkeys(NAMES, 1.0), "execution")
+
+
+@pytest.mark.parametrize(
+    ("options", "weight", "message"),
+    [
+        ({"recipe": "safety_gated"}, -1.0, "a gate needs weights >= 0, and one is -1"),
+        ({"recipe": ["safety_gated", "token_hidden_reward"]}, -1.0, "a gate needs weights >= 0"),
+        ({"recipe": "gaussian_rank", "entropy_low": 0.9}, 1.0, "entropy_low=0.9 is above entropy_high=0.8"),
+        ({"recipe": ["safety_gated", "value_anchored"]}, 1.0, "one reward per decision"),
+    ],
+)
+def test_a_rehearsal_refuses_what_credit_would_refuse_later(options, weight, message):
+    with pytest.raises(ValueError, match=message):
+        build(options).rehearse({**dict.fromkeys(NAMES, 1.0), "quality": weight}, "execution")

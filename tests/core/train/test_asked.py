@@ -109,8 +109,9 @@ def test_an_unknown_component_is_refused_before_work_with_those_there_are(ours):
 
 
 def test_the_median_is_sampled_beside_the_group_and_not_trained_on(ours):
-    with Watched(RECIPES["mc_grpo"]) as seen:
-        train(ours(recipe=RECIPES["mc_grpo"], config=setting("mc_grpo", steps=2, group=4, prompts=2)))
+    trainer = ours(recipe=RECIPES["mc_grpo"], config=setting("mc_grpo", steps=2, group=4, prompts=2))
+    with Watched(trainer.recipe) as seen:
+        train(trainer)
     assert seen.groups[0].rewards.shape[:2] == (2, 5)
     assert seen.credits[0].keep.view(2, 5).sum(1).tolist() == [4, 4]
     for rows in seen.rows:

@@ -11,13 +11,21 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from core.config import Model
 
 Row = dict[str, Any]
 Rows = Sequence[Row]
+Completion = (
+    Any  # what a policy made: text of a language model; of a flow an array, such as a picture (H, W, 3) in [0, 1]
+)
 
 
 class AppError(ValueError):
@@ -41,6 +49,20 @@ class Language:
 
 
 @dataclass(frozen=True)
+class Flow:
+    """The policy is a flow-matching model: one decision is one noisy denoising step, and it makes arrays.
+
+    prompt(row) -> the question that a reader of the report sees (the instruction).
+    condition(row) -> what the net gets, {"text": str, "image": (H, W, 3) float32, ...}; called when needed, it may read files.
+    build(model section) -> the small net of model.path=tiny, its weights drawn from torch's generator.
+    """
+
+    prompt: Callable[[Row], str]
+    condition: Callable[[Row], dict[str, Any]]
+    build: Callable[[Model], torch.nn.Module]
+
+
+@dataclass(frozen=True)
 class App:
     """One application of the core. See design notes in CONTRIBUTING.md, "How to add an app".
 
@@ -50,7 +72,8 @@ class App:
     write_offline: write_offline(folder, seed) writes the offline folder in the real on-disk format, so `load` reads both.
     rewards: {component: (weight, reward)}; the default composite.
     outcome: the component that is the task's own success; must be one of `rewards`.
-    metrics: {name: scorer} on held-out rows, the benchmark's own scorer first (the headline); 1 is best.
+    metrics: {name: scorer} on held-out rows, the benchmark's own scorer first (the headline); higher is better.
+    best: {reward or metric: what gold scores}, where that is not 1.
     gold: gold(row) -> the completion that deserves the best score, in the row's own answer format.
     demonstrations: demonstrations(rows, seed) -> one completion a row: what the app's annotator wrote, mistakes included;
         what a warm start with `warmup.labels: demonstrations` imitates.
@@ -61,34 +84,46 @@ class App:
     part: part(row) -> the name of the share of the held-out rows that a row belongs to; each is also shown apart.
     cluster: the column whose values are resampled together in intervals (a database, a speaker).
     baselines: {name: f(train_rows, test_rows) -> completions}; rivals that cost nothing.
-    show: show(row, completion) -> text for the report.
-    predict: predict(request) -> a row without gold, from one line of `make predict`'s input.
+    show: show(row, completion) -> what the report shows of it: text, or a picture, (H, W, 3) in [0, 1].
+    given: given(row) -> what the policy was given beside the prompt, for the report: text, or a picture.
+    predict: predict(request) -> a row without gold, from one line (or picture) of `make predict`'s input.
     extract: extract(completion) -> the answer in it, or None; for `make predict`.
     extras: the optional dependencies of pyproject.toml that the app needs.
-    tasks: {TASK: {"section.key": value}}, named variants of the config.
+    tasks: {TASK: {"section.key": value}}, named changes of the config.
+    variants: {TASK: another App of this folder}, with its own data, rewards and configs (<TASK>-tiny.yaml, ...).
+    variant: the TASK that this one is, if it is a variant; `find` sets it.
     """
 
     name: str
-    acts: Language
+    acts: Language | Flow
     load: Callable[[Path], Mapping[str, Rows]]
     write_offline: Callable[[Path, int], None]
     rewards: Mapping[str, tuple[float, Callable]]
     outcome: str
     metrics: Mapping[str, Callable]
-    gold: Callable[[Row], str]
-    demonstrations: Callable[[Rows, int], list[str]]
+    gold: Callable[[Row], Completion]
+    demonstrations: Callable[[Rows, int], list[Completion]]
     presets: Mapping[str, Mapping[str, tuple[float, Callable]]] = field(default_factory=dict)
     warnings: Callable[[Mapping[str, float], str, Sequence[str]], list[str]] = lambda weights, outcome, recipes: []
     canaries: Sequence[Any] = ()
     options: type = NoOptions
     part: Callable[[Row], str] | None = None
     cluster: str | None = None
-    baselines: Mapping[str, Callable[[Rows, Rows], list[str]]] = field(default_factory=dict)
-    show: Callable[[Row, str], str] = lambda row, completion: completion
+    best: Mapping[str, float] = field(default_factory=dict)
+    baselines: Mapping[str, Callable[[Rows, Rows], list[Completion]]] = field(default_factory=dict)
+    show: Callable[[Row, Completion], Completion] = lambda row, completion: completion
+    given: Callable[[Row], Completion] | None = None
     predict: Callable[[Row], Row] | None = None
     extract: Callable[[str], str | None] | None = None
     extras: tuple[str, ...] = ()
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    variants: Mapping[str, App] = field(default_factory=dict)
+    variant: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name, and the variant if it is one: what shared folders (data, warm starts) are called by."""
+        return f"{self.name}-{self.variant}" if self.variant else self.name
 
     def composite(self, preset: str = "default", weights: Mapping[str, float] | None = None):
         """{component: (weight, reward)} of a preset, with single weights replaced. Raises AppError on unknown names."""
@@ -125,8 +160,11 @@ def folder(name: str) -> Path:
     return Path(importlib.util.find_spec(f"apps.{name}").submodule_search_locations[0])
 
 
-def find(name: str) -> App:
-    """The app of that name. Raises AppError with the nearest name, or with the extra to install."""
+def find(name: str, task: str | None = None) -> App:
+    """The app of that name, or its variant `task` if it has one.
+
+    Raises AppError with the nearest name, or with the extra to install.
+    """
     if name not in names():
         raise AppError(unknown("app", name, names()))
     try:
@@ -140,7 +178,13 @@ def find(name: str) -> App:
         ) from error
     if app.name != name:
         raise AppError(f"apps/{name}/app.py calls itself {app.name!r}; its name must be the folder's")
-    return app
+    if task not in app.variants:
+        return app
+    if app.variants[task].name != name or task in app.tasks:
+        raise AppError(
+            f"variant {task!r} of apps/{name}/app.py must have the folder's name, and TASK={task} no other sense"
+        )
+    return replace(app.variants[task], variant=task)
 
 
 def prepare(app: App, rows: Rows, options: Any) -> list[Row]:
@@ -175,7 +219,7 @@ class Finding:
 
 
 def self_check(app: App, rows: Rows, scorer, metrics_scorer, canary_rows: int = 4) -> list[Finding]:
-    """Gold scores its best on every row, metrics agree, canaries score as they should. Loads no model.
+    """Gold scores its best (1, or `App.best`) on every row, metrics agree, canaries score as they should. Loads no model.
 
     scorer, metrics_scorer: core.scoring.Scorer over the rewards and over the metrics.
     Raises BrokenRowError (from the scorer) if a row's gold does not run; that names the row.
@@ -185,18 +229,18 @@ def self_check(app: App, rows: Rows, scorer, metrics_scorer, canary_rows: int = 
     for title, judge in (("reward", scorer), ("metric", metrics_scorer)):
         scores = judge.score(gold, rows)
         for k, name in enumerate(judge.names):
-            values = scores.values[:, k]
-            low = [i for i, v in enumerate(values) if v == v and v < 1]
+            values, best = scores.values[:, k], app.best.get(name, 1)
+            low = [i for i, v in enumerate(values) if v == v and v < best]
             unscored = int(scores.failed.sum())
             detail = f"{len(rows)} rows" if len(rows) else "there are no rows"
             if low:
                 i = low[0]
                 reason = scores.reasons[i].get(name, "")
-                detail = f"{len(low)} of {len(rows)} rows below 1; row {rows[i]['id']}: {values[i]:.3f} {reason}"
+                detail = f"{len(low)} of {len(rows)} rows below {best:g}; row {rows[i]['id']}: {values[i]:.3f} {reason}"
             if unscored:
                 detail += f"; {unscored} rows could not be judged"
             findings.append(
-                Finding(f"gold scores 1 on {title} {name}", bool(rows) and not low and not unscored, detail)
+                Finding(f"gold scores {best:g} on {title} {name}", bool(rows) and not low and not unscored, detail)
             )
     sample = list(rows[:: max(1, len(rows) // max(1, canary_rows))])[:canary_rows]
     for canary in app.canaries if sample else ():

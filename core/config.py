@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from core.app import App, unknown
+from core.app import App, Flow, Language, unknown
 
 
 class ConfigError(ValueError):
@@ -62,16 +62,47 @@ class Warmup:
 
 
 @dataclass(frozen=True)
-class Rollout:
+class GroupRollout:
+    """What is sampled at once, for any kind of policy."""
+
     prompts_per_step: int = 8
     group_size: int = 8
+    steps_per_batch: int = 1  # optimizer steps that one generation batch is split into
+    iterations: int = 1  # passes over the same generation batch
+
+
+@dataclass(frozen=True)
+class LanguageRollout(GroupRollout):
     max_prompt_length: int = 512
     max_completion_length: int = 256
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    steps_per_batch: int = 1  # optimizer steps that one generation batch is split into
-    iterations: int = 1  # passes over the same generation batch
+
+
+Rollout = LanguageRollout
+
+
+@dataclass(frozen=True)
+class FlowRollout(GroupRollout):
+    steps: int = 10  # denoising steps of a rollout
+    eval_steps: int = 40  # of an evaluation, without noise
+    shift: float = 1.0  # of the schedule; above 1 stays longer near noise
+    kernel: Literal["flow", "dance", "cps", "sage"] = "flow"
+    noise_level: float = 0.7
+    window: Literal["all", "first", "sliding", "random", "active"] = "all"  # which steps are noisy and trained
+    window_size: int = 0  # noisy steps; 0 for all (every step but the last) and active (as many as are worth it)
+    window_every: int = 25  # sliding: generation batches before it moves on by one step
+    shortcut: int = 0  # steps in place of those after the window; 0 = the schedule's
+    shared_noise: bool = True  # the rollouts of a group start from the same noise
+    antithetic: bool = False  # the noise of a group comes in pairs that cancel
+    guidance: float = 1.0  # 1 = none
+    guidance_rescale: bool = False
+    equalize: bool = False  # gradients of all steps on one scale
+    divergence: Literal["exact", "code"] = "exact"  # unit of the closed-form KL, see core/policy/kernel.py
+
+
+ROLLOUTS: dict[type, type[GroupRollout]] = {Language: LanguageRollout, Flow: FlowRollout}  # by what an app's `acts` is
 
 
 @dataclass(frozen=True)
@@ -93,6 +124,8 @@ class Optim:
     schedule: str = "constant"
     warmup_steps: int = 0
     micro_batch: int | None = None  # rollouts in one forward pass per rank; None: all of the rank's
+    micro_steps: int | None = None  # decisions of a trajectory in one forward pass; None: all of them
+    ema: float = 0.0  # decay of averaged weights of a trajectory policy, which evaluation and export then use; 0 = none
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
 
@@ -130,7 +163,7 @@ class Config:
     model: Model = Model()
     data: Data = Data()
     warmup: Warmup = Warmup()
-    rollout: Rollout = Rollout()
+    rollout: GroupRollout = LanguageRollout()
     rewards: Rewards = Rewards()
     objective: dict[str, Any] = field(default_factory=lambda: {"recipe": "grpo"})
     optim: Optim = Optim()
@@ -217,7 +250,8 @@ def load(app: App, path: Path, overrides: Iterable[str] = (), task: str | None =
         raise ConfigError(f"{path.name} must be a mapping of sections, not {type(raw).__name__}")
     values = dict(app.tasks.get(task, {})) if task else {}
     if task and task not in app.tasks:
-        raise ConfigError(unknown("TASK", task, app.tasks) if app.tasks else f"app {app.name} has no TASK= to choose")
+        known = [*app.tasks, *app.variants]
+        raise ConfigError(unknown("TASK", task, known) if known else f"app {app.name} has no TASK= to choose")
     for override in overrides:
         key, sign, value = override.partition("=")
         if not sign:
@@ -237,11 +271,12 @@ def load(app: App, path: Path, overrides: Iterable[str] = (), task: str | None =
 def resolve(app: App, raw: Mapping[str, Any]) -> Config:
     """A Config from plain mappings, checked against the types of every section."""
     sections = {f.name: f for f in dataclasses.fields(Config)}
-    hints = typing.get_type_hints(Config) | {"task": app.options}
+    of_app = {"task": app.options, "rollout": ROLLOUTS[type(app.acts)]}
+    hints = typing.get_type_hints(Config) | of_app
     for key in raw:
         if key not in sections:
             raise ConfigError(unknown("section", key, sections))
-    built = {name: convert(raw.get(name, {}), hints[name], name) for name in sections if name in raw or name == "task"}
+    built = {name: convert(raw.get(name, {}), hints[name], name) for name in sections if name in raw or name in of_app}
     config = Config(**built)
     if "recipe" not in config.objective:
         config = dataclasses.replace(config, objective={"recipe": "grpo", **config.objective})
@@ -306,32 +341,43 @@ def convert(value: Any, kind: Any, key: str) -> Any:
 
 
 def _check(config: Config) -> None:
-    """Ranges that no later code should have to meet."""
+    """Ranges and contradictions that no later code should have to meet."""
     at_least = {
         "model.width": 1, "model.layers": 1, "model.heads": 1, "model.lora_rank": 0,
         "data.train_rows": 1, "data.test_rows": 1,
         "warmup.rows": 1, "warmup.steps": 0, "warmup.batch_size": 1,
         "rollout.prompts_per_step": 1, "rollout.group_size": 2, "rollout.max_prompt_length": 1,
         "rollout.max_completion_length": 1, "rollout.top_k": 0, "rollout.steps_per_batch": 1, "rollout.iterations": 1,
+        "rollout.steps": 2, "rollout.eval_steps": 1, "rollout.window_size": 0, "rollout.window_every": 1,
+        "rollout.shortcut": 0, "rollout.guidance": 0,
         "rewards.workers": 1, "rewards.memory_mb": 1, "rewards.max_concurrent": 1, "rewards.cache_mb": 0,
-        "optim.steps": 0, "optim.warmup_steps": 0, "optim.max_grad_norm": 0, "optim.weight_decay": 0,
+        "optim.steps": 0, "optim.warmup_steps": 0, "optim.micro_steps": 1, "optim.ema": 0,
+        "optim.max_grad_norm": 0, "optim.weight_decay": 0,
         "evaluate.every": 0, "evaluate.validation_rows": 0, "evaluate.batch_size": 1, "evaluate.samples": 0,
         "run.seed": 0, "run.threads": 1, "run.save_every": 1,
     }  # fmt: skip
-    above_0 = ("warmup.lr", "rollout.temperature", "rollout.top_p", "rewards.timeout_s", "optim.lr")
+    above_0 = (
+        "warmup.lr", "rollout.temperature", "rollout.top_p", "rollout.shift", "rollout.noise_level", "rewards.timeout_s",
+        "optim.lr",
+    )  # fmt: skip
 
     def get(key: str) -> Any:
+        """None also for a key of another kind of rollout."""
         section, name = key.split(".")
-        return getattr(getattr(config, section), name)
+        return getattr(getattr(config, section), name, None)
 
     for key, limit in at_least.items():
         if get(key) is not None and get(key) < limit:
             raise ConfigError(f"{key}={get(key)} is below its least value {limit}")
     for key in above_0:
-        if not get(key) > 0:
+        if get(key) is not None and not get(key) > 0:
             raise ConfigError(f"{key}={get(key)} must be above 0")
-    if config.rollout.top_p > 1:
-        raise ConfigError(f"rollout.top_p={config.rollout.top_p} is a share: it must lie in (0, 1]")
+    if isinstance(config.rollout, FlowRollout):
+        _check_flow(config.rollout)
+    else:
+        _check_language(config)
+    if config.optim.ema >= 1:
+        raise ConfigError(f"optim.ema={config.optim.ema} must lie in [0, 1); 0.999 is usual, 0 averages nothing")
     if not 0 <= config.data.validation_share < 1:
         raise ConfigError(f"data.validation_share={config.data.validation_share} must lie in [0, 1)")
     if not 0 <= config.rewards.max_failure_share <= 1:
@@ -344,6 +390,39 @@ def _check(config: Config) -> None:
     for name in config.trainer:
         if name in OWNED:
             raise ConfigError(f"trainer.{name} is decided elsewhere; set {OWNED[name]} instead")
+
+
+def _check_language(config: Config) -> None:
+    if config.rollout.top_p > 1:
+        raise ConfigError(f"rollout.top_p={config.rollout.top_p} is a share: it must lie in (0, 1]")
+    for name, off in (("micro_steps", None), ("ema", 0.0)):
+        if (value := getattr(config.optim, name)) != off:
+            raise ConfigError(f"optim.{name}={value} is for flow policies; a language model has nothing of the kind")
+
+
+def _check_flow(rollout: FlowRollout) -> None:
+    """What its keys say to each other."""
+    window, size, steps = rollout.window, rollout.window_size, rollout.steps
+    if window in ("all", "active") and size:
+        noisy = "every step but the last" if window == "all" else "as many of the first steps as are worth it"
+        raise ConfigError(
+            f"rollout.window={window} makes {noisy} noisy, and rollout.window_size={size} names a number; "
+            f"set window_size=0, or window=first"
+        )
+    if window in ("first", "sliding", "random") and not 1 <= size < steps:
+        raise ConfigError(
+            f"rollout.window={window} needs rollout.window_size in 1..{steps - 1} (it is {size}): so many of the "
+            f"rollout.steps={steps} are noisy, and never the last one"
+        )
+    if rollout.shortcut and window not in ("first", "active"):
+        raise ConfigError(
+            f"rollout.shortcut={rollout.shortcut} takes the place of the steps after a window at the start; "
+            f"rollout.window={window} is none: set window=first with a window_size, window=active, or shortcut=0"
+        )
+    if rollout.guidance_rescale and rollout.guidance == 1:
+        raise ConfigError(
+            "rollout.guidance_rescale=true rescales nothing while rollout.guidance=1; set guidance above 1"
+        )
 
 
 @dataclass(frozen=True)

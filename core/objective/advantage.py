@@ -32,6 +32,7 @@ def group_advantages(
     ddof: Literal[0, 1] = 1,
     eps: float = 1e-4,
     tau: float = 1.0,
+    limit: float | None = None,
 ) -> Tensor:
     """Rewards minus a baseline, divided by a standard deviation.
 
@@ -40,12 +41,12 @@ def group_advantages(
     which leans towards the best; mean of the batch; none.
     scale: standard deviation (divisor n - ddof) of the group or of the batch, plus eps; none.
     ddof: the variance is divided by n - ddof. eps: added to the standard deviation. tau: of log_mean_exp; small is near
-    the greatest reward of the group, large near its mean.
+    the greatest reward of the group, large near its mean. limit: greatest size of an advantage; None = none.
     Returns the shape of `reward`, finite: 0 for unscored rollouts and, with a baseline, where the group (baseline=batch:
     the batch) has no spread or only one scored rollout.
     Raises ValueError if G < 2 and a statistic of the group is asked for.
     Source: arXiv 2402.03300 (mean, group), 2402.14740 (leave one out), 2503.20783 (no scale); read in TRL 1.16's code;
-    2509.24203 (log_mean_exp), read in the authors' code.
+    2509.24203 (log_mean_exp) and 2505.05470 (limit), read in the authors' code.
     """
     within_group = baseline in ("mean", "leave_one_out", "log_mean_exp")
     if reward.shape[1] < 2 and (within_group or scale == "group"):
@@ -74,7 +75,8 @@ def group_advantages(
         centred = centred / (_nanstd(reward, 1, ddof) + eps)
     elif scale == "batch":
         centred = centred / (_nanstd(batch, 0, ddof) + eps)
-    return torch.nan_to_num(centred, nan=0.0)
+    centred = torch.nan_to_num(centred, nan=0.0)
+    return centred if limit is None else centred.clamp(-limit, limit)
 
 
 def virtual_maximum(

@@ -65,6 +65,21 @@ def decoupled_sum(rewards: Tensor, group: Group, *, ddof: Literal[0, 1] = 1, eps
     return _total(group_advantages(rewards, ddof=ddof, eps=eps), group.weights, rewards.isnan())
 
 
+def group_range_sum(rewards: Tensor, group: Group) -> Tensor:
+    """The weighted sum of components, each stretched within its group: 0 = the worst there, 1 = the best, 1/2 if all agree.
+
+    rewards: (P, G, K) or (P, G, K, T). Returns (P, G) or (P, G, T); NaN where no component applies. Units do not matter
+    (decibels beside shares), nor do outliers of other groups; a small spread counts as much as a large one.
+    Source: arXiv 2603.16769; read in the authors' code, whose weights differ by image and whose groups without spread are
+    NaN.
+    """
+    missing = rewards.isnan()
+    low = rewards.masked_fill(missing, torch.inf).amin(dim=1, keepdim=True)
+    span = rewards.masked_fill(missing, -torch.inf).amax(dim=1, keepdim=True) - low
+    ranged = torch.where(span > 0, (rewards - low) / span, 0.5)
+    return _total(ranged.masked_fill(missing, torch.nan), group.weights, missing)
+
+
 def gated_mean(rewards: Tensor, group: Group, *, gate: str = "safety", passing: float = 0.5) -> Tensor:
     """The weighted mean of the components that apply, times the sum of weights; where the gate is below `passing`, gate - 1.
 

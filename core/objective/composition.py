@@ -31,7 +31,7 @@ from core.objective.aggregation import unshaped, weighted_sum
 from core.objective.group import Credit, Group
 from core.objective.modulation import nothing, unmodulated
 from core.objective.reduction import add_row_mean, reduce_loss
-from core.objective.regularizer import kl_and_entropy, unpenalized
+from core.objective.regularizer import closed_form_kl, kl_and_entropy, unpenalized
 from core.objective.rows import Loss, Rows
 from core.objective.surrogate import clipped_token_ratio
 
@@ -52,8 +52,20 @@ NEEDS = {
     "teacher": "a teacher: averaged weights that see a right rollout beside the prompt",
     "task": "which task a prompt belongs to",
     "aligned": "a reward per decision of an aligned policy (flow, forecast)",
+    "drift": "how far each step's mean has moved since it was sampled, its noise and its length (flow)",
+    "renoised": "final samples that are noised again, and velocities there (flow)",
+    "whole_groups": "whole groups: no micro-batch may hold a part of one",
+    "divergence": "the KL to a reference policy in closed form, because beta is above 0 (flow)",
+    "ref_logps": "log-probabilities of a reference policy, because beta is above 0",
+    "entropy": "entropies with gradient, because entropy_coef is above 0",
 }
 ASKED = ("tempered_logps", "influence", "teacher")  # what Group.model answers
+FLOW = ("drift", "renoised", "whole_groups", "divergence")  # what only a flow policy and its trainer give
+# {slot: {option: what the slot needs while that option is not 0}}
+BECAUSE = {
+    kl_and_entropy: {"beta": "ref_logps", "entropy_coef": "entropy"},
+    closed_form_kl: {"beta": "divergence"},
+}
 COMPONENTS = ("gate", "quality", "answers")  # options that name a reward component
 # Closed intervals outside of which an option has no meaning, whichever slot it belongs to.
 RANGES = {
@@ -63,9 +75,9 @@ RANGES = {
     "ring_low": (0, 1), "ring_high": (0, math.inf), "mad_floor": (0, math.inf), "virtual": (1, math.inf),
     "rank_weight": (0, 1), "gamma": (0, 1), "alpha": (1e-6, 1), "least_progress": (0, 1), "exploit": (-1, 1),
     "hot": (1, math.inf), "cold": (1e-6, 1), "most": (0, math.inf), "resolution": (0, math.inf), "anchored": (0, math.inf),
-    "limit": (0, math.inf), "band_coef": (0, math.inf), "sharpness": (0, math.inf), "anchor": (0, math.inf),
+    "limit": (1e-6, math.inf), "band_coef": (0, math.inf), "sharpness": (0, math.inf), "anchor": (0, math.inf),
     "cap": (0, math.inf), "focus": (0, math.inf), "tau_scale": (0, math.inf), "threshold": (0, math.inf),
-    "entropy_low": (0, math.inf), "entropy_high": (0, math.inf),
+    "entropy_low": (0, math.inf), "entropy_high": (0, math.inf), "mix": (1e-6, math.inf), "anchor_coef": (0, math.inf),
 }  # fmt: skip
 
 
@@ -82,7 +94,7 @@ class Recipe:
     surrogate(rows) -> (B, T) or (B, 1), metrics. regularize(rows) -> the same, or None, metrics.
     penalty(rows) -> (B, T), (B,) or None, metrics (core/objective/regularizer.py). reduce(per_decision, rows) -> Loss.
     loss_fn(rows) -> Loss replaces these four.
-    needs: names of NEEDS, which a trainer must provide or refuse.
+    needs: names of NEEDS, which a trainer must provide or refuse; see also `all_needs`.
 
     `recipe(epsilon_high=0.3)` is the same recipe with other options.
     """
@@ -155,6 +167,12 @@ class Recipe:
         return replace(loss, metrics=loss.metrics | metrics | more)
 
     @property
+    def slots(self) -> tuple[str, ...]:
+        """The slots that are used: those of the loss, or loss_fn."""
+        unused = LOSS_SLOTS if self.loss_fn else ("loss_fn",)
+        return tuple(slot for slot in SLOTS if slot not in unused)
+
+    @property
     def sets(self) -> tuple[str, ...]:
         """The slots in which this recipe is not plain GRPO."""
         plain = {field.name: field.default for field in fields(self)}
@@ -165,7 +183,7 @@ class Recipe:
     def options(self) -> dict[str, Any]:
         """Every option with its value. One that several slots share (eps of two scales) stands once and sets all."""
         found: dict[str, Any] = {}
-        for slot in self._slots():
+        for slot in self.slots:
             for name, value in _options(getattr(self, slot)).items():
                 found.setdefault(name, value)
         return found
@@ -176,11 +194,20 @@ class Recipe:
         for name, value in options.items():
             if name not in known:
                 raise ValueError(unknown(f"option of recipe {self.name}", name, known))
-            for slot in self._slots():
+            for slot in self.slots:
                 current = changed.get(slot, getattr(self, slot))
                 if name in _options(current):
                     changed[slot] = partial(current, **{name: _checked(self.name, name, value, current)})
         return replace(self, **changed)
+
+    @property
+    def all_needs(self) -> frozenset[str]:
+        """`needs`, and what its options ask for: a KL wants a reference only while its weight is not 0."""
+        slots = (getattr(self, slot) for slot in self.slots)
+        asked = {slot: BECAUSE.get(_function(slot), {}) for slot in slots}
+        return self.needs | {
+            need for slot, options in asked.items() for option, need in options.items() if _options(slot)[option]
+        }
 
     @property
     def extra_rollouts(self) -> int:
@@ -189,7 +216,7 @@ class Recipe:
 
     def refuse(self, provides: Collection[str], components: Collection[str], who: str) -> None:
         """Raise ValueError if the recipe needs what `who` does not provide, or names a component that is not there."""
-        if missing := [NEEDS[need] for need in NEEDS if need in self.needs - set(provides)]:
+        if missing := [NEEDS[need] for need in NEEDS if need in self.all_needs - set(provides)]:
             raise ValueError(f"recipe {self.name} needs {'; and '.join(missing)}: {who} cannot give that")
         for option in COMPONENTS:
             if (name := self.options.get(option, None)) is not None and name not in components:
@@ -200,10 +227,11 @@ class Recipe:
 
         Raises ValueError as `credit` does.
         """
-        size = 2 + self.extra_rollouts
+        size, aligned = 2 + self.extra_rollouts, "aligned" in self.needs
         self.credit(
             Group(
-                rewards=torch.zeros(1, size, len(weights)),
+                rewards=torch.zeros(1, size, len(weights), *[1] * aligned),
+                aligned=aligned,
                 weights=torch.tensor(list(weights.values())),
                 mask=torch.ones(size, 1),
                 old_logps=torch.zeros(size, 1),
@@ -212,10 +240,6 @@ class Recipe:
                 model=_Silent(torch.zeros(size, 1)),
             )
         )
-
-    def _slots(self) -> list[str]:
-        unused = LOSS_SLOTS if self.loss_fn else ("loss_fn",)
-        return [slot for slot in SLOTS if slot not in unused]
 
 
 class _Silent:
@@ -272,6 +296,13 @@ def _credit_metrics(group: Group, advantage: Tensor, keep: Tensor) -> dict[str, 
     return dict(zip(shares, torch.stack([value.float() for value in shares.values()]).tolist(), strict=True))
 
 
+def _function(slot: Callable) -> Callable:
+    """What a slot is a partial of."""
+    while isinstance(slot, partial):
+        slot = slot.func
+    return slot
+
+
 def _options(slot: Callable) -> dict[str, Any]:
     """Names and values of a slot's keyword-only arguments."""
     parameters = inspect.signature(slot).parameters.values()
@@ -280,9 +311,7 @@ def _options(slot: Callable) -> dict[str, Any]:
 
 def _checked(recipe: str, name: str, value: Any, slot: Callable) -> Any:
     """The value as the slot's annotation wants it. Raises ValueError saying what would do."""
-    while isinstance(slot, partial):
-        slot = slot.func
-    hint = get_type_hints(slot)[name]
+    hint = get_type_hints(_function(slot))[name]
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for kind in kinds:
         if kind is type(None) and value is None:

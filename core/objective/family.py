@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from core.objective.composition import ASKED, COMPONENTS, NEEDS, RANGES, SLOTS, Recipe
+from core.objective.composition import ASKED, COMPONENTS, FLOW, LOSS_SLOTS, NEEDS, RANGES, Recipe
 from core.objective.group import Group
 from core.objective.recipes import RECIPES, grpo
 
@@ -30,11 +30,12 @@ GRADES = {
     "c": "derived here",
 }
 # {what is trained: (what its trainer can give at best, whether each decision has a reward)}. What is ASKED of a model,
-# logits and a prompt that can be added to, only a language model has.
+# logits and a prompt that can be added to, only a language model has. Samples noised again have no decisions to reward.
 KINDS = {
-    "language": (frozenset(NEEDS) - {"aligned"}, False),
-    "aligned, a reward per rollout": (frozenset(NEEDS) - {"aligned", *ASKED}, False),
-    "aligned, a reward per decision": (frozenset(NEEDS) - {*ASKED}, True),
+    "language": (frozenset(NEEDS) - {"aligned", *FLOW}, False),
+    "flow, a reward per rollout": (frozenset(NEEDS) - {"aligned", *ASKED}, False),
+    "flow, a reward per decision": (frozenset(NEEDS) - {"renoised", *ASKED}, True),
+    "forecast, a reward per decision": (frozenset(NEEDS) - {*FLOW, *ASKED}, True),
 }
 ARXIV = re.compile(r"(?:arXiv )?(\d{4}\.\d{5})")
 PAGE_WIDTH = 128
@@ -58,11 +59,11 @@ class Option:
 def options(recipe: Recipe) -> list[Option]:
     """All options of a recipe, slot by slot."""
     found, values = {}, recipe.options
-    for slot in SLOTS:
+    for slot in recipe.slots:
         function = getattr(recipe, slot)
         while isinstance(function, partial):
             function = function.func
-        for name in inspect.signature(function).parameters if function else ():
+        for name in inspect.signature(function).parameters:
             if name in values and name not in found:
                 changed = name not in grpo.options or grpo.options[name] != values[name]
                 found[name] = Option(name, values[name], changed, allowed(function, name), meaning(function, name))
@@ -103,7 +104,7 @@ def refusals(recipe: Recipe) -> dict[str, str]:
     prompts, size, decisions = 2, 4 + ("extra_rollout" in recipe.needs), 3
     ones = torch.ones(prompts * size, decisions)
     for kind, (provided, per_decision) in KINDS.items():
-        if missing := [NEEDS[need] for need in NEEDS if need in recipe.needs - provided]:
+        if missing := [NEEDS[need] for need in NEEDS if need in recipe.all_needs - provided]:
             found[kind] = f"needs {'; '.join(missing)}"
         elif not recipe.needs & {*ASKED}:
             shape = (prompts, size, len(names), decisions)[: 4 if per_decision else 3]
@@ -119,10 +120,10 @@ def refusals(recipe: Recipe) -> dict[str, str]:
 
 def table(width: int = 110) -> str:
     """The family, three lines a recipe: what it sets and needs; what it changes; where it is from."""
-    sets = 2 + max(len(_words(recipe.sets)) for recipe in RECIPES.values())
+    sets = 2 + max(len(_words(_sets(recipe))) for recipe in RECIPES.values())
     lines = [f"{'recipe':22}{'grade':7}{'sets':{sets}}needs", "-" * width]
     for recipe in RECIPES.values():
-        head = f"{recipe.name:22}{recipe.grade:7}{_words(recipe.sets):{sets}}{_words(_asked(recipe))}"
+        head = f"{recipe.name:22}{recipe.grade:7}{_words(_sets(recipe)):{sets}}{_words(_asked(recipe))}"
         lines.append(_filled(head, width, "", " " * (29 + sets)))
         lines += [_filled(text, width, "    ", "    ") for text in (recipe.summary, recipe.source)]
     return "\n".join(lines)
@@ -134,7 +135,7 @@ def describe(recipe: Recipe, width: int = 110) -> str:
         recipe.name: recipe.summary,
         "source": recipe.source,
         "grade": f"{recipe.grade} = {_grade(recipe)}",
-        "sets": _words(recipe.sets),
+        "sets": _words(_sets(recipe)),
         "needs": _needs(recipe) or "only rewards and log-probabilities",
         **{f"not on {kind}": why for kind, why in refusals(recipe).items()},
         "config": _config(recipe.name.split("+")),
@@ -168,7 +169,8 @@ In the YAML file of an app:
 
 or on the command line: `make train APP=text_to_sql SET="objective.recipe=dapo objective.epsilon_high=0.3"`.
 
-- **Several at once**: each slot comes from the one recipe that sets it; two that set the same one are refused by name.
+- **Several at once**: each slot comes from the one recipe that sets it; two that set the same one are refused by name. A
+  `loss_fn` takes the place of `surrogate`, `regularize`, `penalty` and `reduce`.
 - **Options** are the keyword arguments of the functions in the slots, those of plain GRPO's slots included. An option or a value
   that does not exist is refused with the nearest one that does. `python -P -m core.main recipes --name dapo` prints them all.
 - **Needs** are what a recipe asks of the trainer beside rewards and log-probabilities. The trainer arranges it, or refuses before
@@ -184,7 +186,7 @@ or on the command line: `make train APP=text_to_sql SET="objective.recipe=dapo o
 ## What runs where
 
 The rollouts of a language model decide different things at decision t. *Aligned* rollouts, those of flow and forecast policies,
-answer one question there, so each decision may have its own reward. {everywhere} recipes can run on all three. The others:
+answer one question there, so each decision may have its own reward. {everywhere} recipes can run on all four. The others:
 
 {elsewhere}
 
@@ -196,7 +198,7 @@ def page() -> str:
     """docs/recipes.md, whole."""
     recipes, refused = RECIPES.values(), {name: refusals(recipe) for name, recipe in RECIPES.items()}
     family = [
-        [f"[{r.name}](#{r.name})", r.summary, _code(r.sets), _code(_asked(r)), r.grade, _linked(r.source)]
+        [f"[{r.name}](#{r.name})", r.summary, _code(_sets(r)), _code(_asked(r)), r.grade, _linked(r.source)]
         for r in recipes
     ]
     elsewhere = [
@@ -223,7 +225,7 @@ def section(recipe: Recipe) -> str:
     parts = [f"## {recipe.name}", _flowed(recipe.summary[0].upper() + recipe.summary[1:] + ".")]
     parts.append(f"```text\n{_equation(recipe)}\n```")
     facts = [f"Source: {_linked(recipe.source)}.", f"Grade {recipe.grade}: {_grade(recipe)}."]
-    facts += [f"Sets {_code(recipe.sets)}."] if recipe.sets else []
+    facts += [f"Sets {_code(_sets(recipe))}."] if recipe.sets else []
     facts += [f"Needs {_needs(recipe)}."] if _needs(recipe) else []
     parts += [_flowed(" ".join(facts)), f"```yaml\n{_config([recipe.name])}\n```"]
     changed = (option for option in options(recipe) if option.changed)
@@ -267,6 +269,11 @@ def _grade(recipe: Recipe) -> str:
 def _components(recipe: Recipe) -> dict[str, str]:
     """{option: the reward component it names}."""
     return {option: recipe.options[option] for option in COMPONENTS if option in recipe.options}
+
+
+def _sets(recipe: Recipe) -> list[str]:
+    """The slots it sets, without those that its loss_fn replaces."""
+    return [slot for slot in recipe.sets if not recipe.loss_fn or slot not in LOSS_SLOTS]
 
 
 def _asked(recipe: Recipe) -> list[str]:

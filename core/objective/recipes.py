@@ -20,8 +20,9 @@ from core.objective.advantage import (
     quantile_advantages,
     virtual_maximum,
 )
-from core.objective.aggregation import decoupled_sum, favour_unlikely, gated_mean
+from core.objective.aggregation import decoupled_sum, favour_unlikely, gated_mean, group_range_sum
 from core.objective.composition import Recipe, combine, unknown
+from core.objective.forward_process import mirrored_regression, signed_preference
 from core.objective.modulation import (
     add_tempered_imitation,
     gate_entropy,
@@ -34,9 +35,10 @@ from core.objective.modulation import (
     weight_by_influence,
 )
 from core.objective.reduction import reduce_loss
-from core.objective.regularizer import distance_to_sampler, entropy_band, guard_likelihood
+from core.objective.regularizer import closed_form_kl, distance_to_sampler, entropy_band, guard_likelihood
 from core.objective.surrogate import (
     capped_token_ratio,
+    clipped_normalised_ratio,
     clipped_sequence_ratio,
     clipped_token_ratio,
     masked_reinforce,
@@ -48,6 +50,8 @@ centred = partial(group_advantages, scale="none")
 token_mean = partial(reduce_loss, reduction="token_mean")
 fixed_length = partial(reduce_loss, reduction="fixed_length")
 reinforce = partial(masked_reinforce, clip="none", weight="none")
+batch_scaled = partial(group_advantages, scale="batch", ddof=0, limit=5.0)
+narrow_clip = partial(clipped_token_ratio, epsilon_low=1e-4)
 
 # -- the base and its reductions ----------------------------------------------------------------------------------------
 
@@ -163,16 +167,6 @@ red_drop = Recipe(
     advantage=balanced_advantages,
     surrogate=reinforce,
     reduce=token_mean,
-)
-
-value_anchored = Recipe(
-    "value_anchored",
-    source="arXiv 2512.12387 (VGPO of flow models)",
-    grade="b*/c",
-    summary="values along a trajectory instead of one reward, and a push that is left when all rollouts score the same",
-    equation="Q_j = sum_k>=j gamma^(k-j) r_k;  A_j = Q_j / mean Q * (Q_j - group mean) / group std + 0.1 Q_j",
-    advantage=anchored_values,
-    needs=frozenset({"aligned"}),
 )
 
 # -- several rewards ----------------------------------------------------------------------------------------------------
@@ -342,6 +336,82 @@ sample_routed = Recipe(
     surrogate=taught_or_clipped,
     reduce=token_mean,
     needs=frozenset({"teacher", "whole_batch"}),
+)
+
+# -- flow policies: a decision is a noisy denoising step, its log-probability a mean over elements -----------------------
+
+flow_grpo = Recipe(
+    "flow_grpo",
+    source="arXiv 2505.05470 (its KL: beta=0.04 with rollout.divergence=code); Talk2Move of 2601.02356: epsilon_low=2e-4 with"
+    " rollout.window=first",
+    grade="a",
+    summary="GRPO on denoising steps: the batch's spread for all groups, a clip as narrow as log-probabilities per element ask",
+    equation="A = clip((r - group mean) / (batch std + 1e-4), -5, 5);  clip(rho, 1 - 1e-4, 1 + 1e-4);"
+    "  + beta * mean((mu - mu_ref)^2) / (2 std^2)",
+    advantage=batch_scaled,
+    surrogate=narrow_clip,
+    regularize=closed_form_kl,
+    needs=frozenset({"whole_batch"}),
+)
+
+dance_grpo = Recipe(
+    "dance_grpo",
+    source="arXiv 2505.07818; mix_grpo of 2507.21802: with rollout.window=sliding, window_size=4, kernel=flow",
+    grade="a",
+    summary="each group's own spread, no KL; mix_grpo is the same objective on a sliding window of noisy steps",
+    equation="A = clip((r - group mean) / (group std + 1e-8), -5, 5);  clip(rho, 1 - 1e-4, 1 + 1e-4)",
+    advantage=partial(group_advantages, eps=1e-8, limit=5.0),
+    surrogate=narrow_clip,
+    regularize=closed_form_kl,
+)
+
+grpo_guard = Recipe(
+    "grpo_guard",
+    source="arXiv 2510.22319",
+    grade="b*",
+    summary="ratios that are centred and spread alike at every step, so that the clip holds positives too; steps weigh alike",
+    equation="rho = exp((l - l_old + mean((mu - mu_old)^2) / (2 std^2)) std);  L = -min(rho A, clip(rho) A) / dt",
+    advantage=batch_scaled,
+    surrogate=clipped_normalised_ratio,
+    regularize=closed_form_kl,
+    needs=frozenset({"drift", "whole_batch"}),
+)
+
+value_anchored = Recipe(
+    "value_anchored",
+    source="arXiv 2512.12387 (VGPO of flow models)",
+    grade="b*/c",
+    summary="values along a trajectory instead of one reward, and a push that is left when all rollouts score the same",
+    equation="Q_j = sum_k>=j gamma^(k-j) r_k;  A_j = Q_j / mean Q * (Q_j - group mean) / group std + 0.1 Q_j",
+    advantage=anchored_values,
+    surrogate=narrow_clip,
+    regularize=closed_form_kl,
+    needs=frozenset({"aligned"}),
+)
+
+diffusion_nft = Recipe(
+    "diffusion_nft",
+    source="arXiv 2509.16117 (mix=0.1 for several rewards); Edit-R1 of 2510.16888",
+    grade="a",
+    summary="no noisy steps, no ratio: velocities regress on good samples, and their mirror images at the old ones on bad ones",
+    equation="r = clip(A / 10 + 1/2, 0, 1);  v+ = v_old + b (v - v_old), v- = v_old - b (v - v_old), x = noised - sigma v;"
+    "  L = 5 / b (r |x+ - clean|^2 / w+ + (1 - r) |x- - clean|^2 / w-) + 1e-4 |v - v_ref|^2, w = mean |x - clean|",
+    advantage=batch_scaled,
+    loss_fn=mirrored_regression,
+    needs=frozenset({"renoised", "whole_batch"}),
+)
+
+group_preference = Recipe(
+    "group_preference",
+    source="arXiv 2603.16769 (GDPO-SR; not the GDPO of several rewards)",
+    grade="a",
+    summary="a group is one signed preference against the reference; no noisy steps, no ratio: for one-step generators too",
+    equation="r = sum_k w_k (R_k - min R_k) / (max R_k - min R_k);  L = -log sigmoid(-beta / 2 * sum_j A_j (l_j - l_ref_j)),"
+    " l = |v - (noise - clean)|^2",
+    aggregate=group_range_sum,
+    advantage=partial(group_advantages, eps=1e-8),
+    loss_fn=signed_preference,
+    needs=frozenset({"renoised", "whole_groups", "whole_rollouts"}),
 )
 
 RECIPES = {recipe.name: recipe for recipe in list(globals().values()) if isinstance(recipe, Recipe)}

@@ -5,7 +5,8 @@
     fixed_length    a constant divisor: long rollouts weigh more             count = kept rows x longest length allowed
 
 These three do not depend on how the update was split. The two `_local` ones do: they divide by what the micro-batch at
-hand holds and average over micro-batches. They are TRL's own (grpo, bnpo), kept to give its numbers bit for bit.
+hand holds and average over micro-batches. They are TRL's own (grpo, bnpo), kept to give its numbers bit for bit. Chunks
+of the decisions of the same rows, told by `Rows.lengths`, add up to the whole under all five.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ def reduce_loss(per_decision: Tensor, rows: Rows, *, reduction: Reduction = "seq
     """
     mask, counts = rows.loss_mask, rows.counts
     local = reduction.endswith("_local")
+    lengths = mask.sum(-1) if rows.lengths is None else rows.lengths if rows.keep is None else rows.lengths * rows.keep
     if reduction.startswith("sequence_mean"):
-        total = ((per_decision * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).sum()
+        total = ((per_decision * mask).sum(-1) / lengths.clamp(min=1.0)).sum()
         kept = counts.rows if not local else len(mask) if rows.keep is None else rows.keep.sum()
     else:
         total = (per_decision * mask).sum()
-        kept = mask.sum() if local else counts.tokens if reduction == "token_mean" else counts.rows * counts.max_length
+        fixed = counts.rows * counts.max_length
+        kept = fixed if reduction == "fixed_length" else lengths.sum() if local else counts.tokens
     # A tensor, because CUDA divides by a Python number through its reciprocal, which costs the last bit.
     count = torch.as_tensor(kept, dtype=torch.promote_types(total.dtype, torch.float32), device=total.device)
     return Loss(sum=total, count=_or_one(count), local=local)

@@ -36,6 +36,7 @@ class Rows:
     ref_logps: (B, T) under the reference policy. keep: (B,) in {0, 1}, 0 = out of loss and counts; None = all 1.
     group_id: (B,) int. entropy: (B, T) nats; with gradient if it is to be regularized.
     weight: (B, T) or (B, 1), multiplies the surrogate but no regularizer (sampler's importance ratio, off-policy mask).
+    lengths: (B,), decisions with mask 1 of the whole row, where T is only a chunk of them; None = T is all there are.
     extras: tensors that a recipe asked for in `needs` or that its credit returned.
     Raises ValueError for shapes that do not fit.
     """
@@ -50,6 +51,7 @@ class Rows:
     group_id: Tensor | None = None
     entropy: Tensor | None = None
     weight: Tensor | None = None
+    lengths: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -57,7 +59,7 @@ class Rows:
         full, single, column = (rows, decisions), (rows,), (rows, 1)
         allowed = {
             "mask": (full,), "advantage": (single, full), "old_logps": (full,), "ref_logps": (full,), "keep": (single,),
-            "group_id": (single,), "entropy": (full,), "weight": (full, column),
+            "group_id": (single,), "entropy": (full,), "weight": (full, column), "lengths": (single,),
         }  # fmt: skip
         for name, shapes in allowed.items():
             value = getattr(self, name)
@@ -102,6 +104,11 @@ class Rows:
             )
         return self.extras[name]
 
+    def per_decision(self, name: str, elsewhere: float = 0.0) -> Tensor:
+        """(B, T) or (B, T, D): one of `extras`, and `elsewhere` where no loss is carried."""
+        values, used = self.extra(name), self.loss_mask.bool()
+        return torch.where(used.view(*used.shape, *[1] * (values.dim() - 2)), values, elsewhere)
+
     def settled(self) -> Rows:
         """The same rows with `old_logps` filled in and zeros where no loss is carried.
 
@@ -127,10 +134,10 @@ class Rows:
 
     def masked_mean(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """(sum, count), float32, detached: of (B, T) values over decisions with loss, of (B, 1) over kept rows."""
-        if values.shape[1] == 1:
-            weight = torch.ones_like(values) if self.keep is None else self.keep.unsqueeze(1)
-        else:
+        if values.shape == self.mask.shape:  # also where T = 1
             weight = self.loss_mask
+        else:
+            weight = torch.ones_like(values) if self.keep is None else self.keep.unsqueeze(1)
         return (values.detach() * weight).sum().float(), weight.sum().float()
 
 
@@ -140,7 +147,7 @@ class Loss:
 
     local=False: the update's loss is the total of `sum` over all micro-batches and ranks, divided by `count`, which is
     the same everywhere. A trainer whose ranks average gradients scales sum / count by the number of ranks.
-    local=True (kept for parity with TRL): the mean of sum / count over micro-batches; it depends on the split.
+    local=True (kept for parity with TRL): the mean of sum / count over micro-batches of rows; it depends on the split.
     """
 
     sum: Tensor

@@ -89,6 +89,24 @@ def clipped_sequence_ratio(
     return _clipped(rows, rows.sequence_ratio, epsilon_low, epsilon_high, delta)
 
 
+def clipped_normalised_ratio(
+    rows: Rows, *, epsilon_low: float = 2e-6, epsilon_high: float | None = None, delta: float | None = None
+) -> tuple[Tensor, Metrics]:
+    """`clip_loss` of exp((log ratio + drift) * std), over dt: a ratio of Gaussians that is centred and alike at every step.
+
+    The log ratio of a Gaussian whose mean has moved is negative on average, by drift = mean((mu - mu_old)^2) / (2 std^2),
+    and its spread grows as 1 / std: without both factors positives are hardly ever clipped and late steps always are.
+    Wants `drift` with gradient, `std` and `dt` > 0 (the step's length), each (B, T), in the extras. Returns (B, T), metrics.
+    epsilon_low, epsilon_high: how far the ratio may fall below 1 and rise above it before the clip, which std makes
+    narrower than a plain ratio's; epsilon_high=None means as far. delta: cap of the ratio where A < 0; None = none.
+    Source: arXiv 2510.22319; known through third parties, who agree on formula and range.
+    """
+    drift = rows.per_decision("drift")
+    ratio = torch.exp((rows.log_ratio + drift) * rows.per_decision("std"))
+    loss, metrics = _clipped(rows, ratio, epsilon_low, epsilon_high, delta)
+    return loss / rows.per_decision("dt", elsewhere=1.0), metrics | {"drift": rows.masked_mean(drift)}
+
+
 def capped_token_ratio(rows: Rows, *, epsilon_high: float = 5.0) -> tuple[Tensor, Metrics]:
     """`cap_loss` of the token ratio; epsilon_high is the cap itself, as in TRL. Returns (B, T) and metrics.
 

@@ -16,7 +16,7 @@ from core.objective.composition import NEEDS
 from core.objective.recipes import Recipe
 
 # What the language trainer gives a recipe that needs it.
-PROVIDES = frozenset(NEEDS) - {"aligned"}
+PROVIDES = frozenset(NEEDS) - {"aligned", "drift", "renoised", "whole_groups", "divergence"}
 
 
 def arguments(config: Config, batch: Batch, recipe: Recipe, output: Path) -> GRPOConfig:

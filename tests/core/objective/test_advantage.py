@@ -240,6 +240,16 @@ def test_group_of_one_is_refused_where_it_has_no_statistics():
     close(group_advantages(reward, baseline="none", scale="none"), reward)
 
 
+def test_limit_cuts_the_greatest_advantages_and_nothing_else():
+    reward = doubles([[0.0] * 49 + [1.0], [0.0, 1.0] * 25])
+    plain, cut = (group_advantages(reward, limit=limit) for limit in (None, 5.0))
+    assert plain[0, -1] > 6.9
+    assert cut[0, -1] == 5.0
+    assert torch.equal(cut[0, :-1], plain[0, :-1])
+    assert torch.equal(cut[1], plain[1])
+    assert group_advantages(-reward, limit=5.0)[0, -1] == -5.0
+
+
 def test_no_spread_is_exact_and_ignores_the_unscored():
     reward = torch.tensor([[0.5, NAN, 0.5], [0.5, 0.5, 0.5 + 2**-24], [NAN, NAN, 1.0], [NAN, NAN, NAN]])
     assert no_spread(reward).squeeze(1).tolist() == [True, False, True, True]

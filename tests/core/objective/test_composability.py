@@ -9,7 +9,7 @@ from objective_fixtures import NAMES, group, group_for, rows_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from core.objective.composition import ASKED, NEEDS, SLOTS
+from core.objective.composition import ASKED, NEEDS
 from core.objective.recipes import RECIPES, build
 
 PAIRS = [(a, b) for a, b in permutations(RECIPES.values(), 2) if not set(a.sets) & set(b.sets)]
@@ -25,6 +25,7 @@ PUSHES = {
     "opmd": ([0.7, 1.0], "stale data are at a distance from the policy"),
     "asymre": ([0.7, 1.0], "the lowered baseline imitates all that was sampled"),
     "llds": ([0.7, 1.0], "rollouts of advantage 0 are protected too"),
+    "diffusion_nft": ([0.7, 1.0], "at advantage 0 the velocity is drawn back to the old one, and to the reference's"),
 }
 
 
@@ -105,7 +106,7 @@ def test_option_of_two_slots_has_one_default():
     """Or `eps: 1e-4` in a config, which is the default of one, would change the other."""
     for recipe in [*RECIPES.values(), *(build({"recipe": [a.name, b.name]}) for a, b in PAIRS)]:
         defaults = {}
-        for slot in filter(None, (getattr(recipe, slot) for slot in SLOTS)):
+        for slot in (getattr(recipe, slot) for slot in recipe.slots):
             for name, parameter in inspect.signature(slot).parameters.items():
                 if parameter.kind is parameter.KEYWORD_ONLY:
                     assert defaults.setdefault(name, parameter.default) == parameter.default, f"{recipe.name}: {name}"

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from markdown_it import MarkdownIt
+from objective_fixtures import flow_extras
 
 from core.objective import family
 from core.objective.aggregation import decoupled_sum
@@ -97,7 +98,7 @@ def test_a_recipe_gives_credit_and_a_loss_wherever_the_page_says_so(recipe):
             rewards = rewards.unsqueeze(3).expand(-1, -1, -1, 5)
         names = ("outcome", "safety", "quality", "answer")
         old, mask = -torch.ones(2 * size, 5), torch.ones(2 * size, 5)
-        aligned = kind.startswith("aligned")
+        aligned = kind != "language"
         group = Group(rewards, torch.ones(4), mask, old, aligned, names=names, outcome=0)
         credit = recipe.credit(group)
         rows = Rows(
@@ -107,18 +108,25 @@ def test_a_recipe_gives_credit_and_a_loss_wherever_the_page_says_so(recipe):
             Counts(2 * size, 10 * size, 5),
             old,
             keep=credit.keep,
-            extras=credit.extras,
+            group_id=torch.arange(2 * size) // size,
+            extras=credit.extras | flow_extras(-0.1 * mask),
         )
         assert recipe.loss(rows).sum.isfinite()
 
 
 def test_what_cannot_run_says_why():
     refused = {name: set(found) for name, recipe in RECIPES.items() if (found := family.refusals(recipe))}
-    language, whole, each = family.KINDS
+    language, whole, each, cells = family.KINDS
     assert refused["value_anchored"] == {language, whole}
-    assert refused["mc_grpo"] == {each}
-    assert all(refused[name] == {whole, each} for name, recipe in RECIPES.items() if recipe.needs & set(ASKED))
+    assert refused["mc_grpo"] == {each, cells}
+    assert refused["grpo_guard"] == {language, cells}
+    assert refused["diffusion_nft"] == refused["group_preference"] == {language, each, cells}
+    assert not refused.keys() & {"flow_grpo", "dance_grpo"}  # without a KL
+    assert all(refused[name] == {whole, each, cells} for name, recipe in RECIPES.items() if recipe.needs & set(ASKED))
     assert family.refusals(RECIPES["sample_routed"])[whole] == f"needs {NEEDS['teacher']}"
+    assert family.refusals(RECIPES["flow_grpo"](beta=0.04)) == dict.fromkeys(
+        [language, cells], f"needs {NEEDS['divergence']}"
+    )
 
 
 def test_what_a_language_model_can_give_is_what_its_trainer_gives():
@@ -132,8 +140,16 @@ def test_the_table_holds_the_whole_family_within_its_width(width):
     text = " ".join(" ".join(lines).split())
     for recipe in RECIPES.values():
         asked = " ".join(family._asked(recipe)) or "-"
-        line = f"{recipe.name} {recipe.grade} {' '.join(recipe.sets) or '-'} {asked} {recipe.summary} {recipe.source}"
+        sets = " ".join(family._sets(recipe)) or "-"
+        line = f"{recipe.name} {recipe.grade} {sets} {asked} {recipe.summary} {recipe.source}"
         assert line in text
+
+
+def test_a_loss_of_its_own_stands_for_the_slots_it_replaces():
+    assert family._sets(RECIPES["diffusion_nft"]) == ["advantage", "loss_fn"]
+    assert all([*family._sets(recipe)] == [*recipe.sets] for recipe in RECIPES.values() if recipe.loss_fn is None)
+    shown = family.describe(RECIPES["group_preference"], 200)
+    assert "\n  * beta: 5000.0    (a number from 0 up)\n        sharpness of the preference" in shown
 
 
 def test_one_recipe_whole():

@@ -1,4 +1,4 @@
-"""Worked examples of sixteen papers (oracles.json), each through the recipe or the slot function that claims to be it.
+"""Worked examples of eighteen papers (oracles.json), each through the recipe or the slot function that claims to be it.
 
 A solver takes a case's inputs and params and returns the values that the case names. What the package does not return is
 read off what it does: a gradient, the difference of two advantages, the option at which a rollout falls silent.
@@ -19,11 +19,15 @@ from core.objective.recipes import (
     asymre,
     dagrpo,
     dhpo,
+    diffusion_nft,
     distribution_centric,
     dr_grpo,
+    flow_grpo,
     gaussian_rank,
     gdpo,
+    group_preference,
     grpo,
+    grpo_guard,
     gspo,
     llds,
     mc_grpo,
@@ -226,6 +230,105 @@ def values_along(inputs, params):
     relative = group_advantages(q.unsqueeze(0), ddof=0, eps=0.0)[0]
     own = {"Q": q, "w": at(anchor=0.0) / relative, "std": std_of(q, ddof=0), "relative": relative}
     return own | {"advantage": at(anchor=params["k"])}
+
+
+# -- flow policies ------------------------------------------------------------------------------------------------------
+
+UNCLIPPED = {"epsilon_low": 1.0, "epsilon_high": math.inf}
+
+
+def step(inputs, params, other):
+    """A step of the Flow-GRPO kernel: its deviation, log-probabilities under v and under another, KL or drift between them."""
+    x, after = doubles(inputs["x"]), doubles(inputs["x_next"])
+    sigma, dt = inputs["sigma"], inputs["sigma_next"] - inputs["sigma"]
+    sd = params["a"] * math.sqrt(sigma / (1 - sigma))
+    std = sd * math.sqrt(-dt)
+
+    def mean(v):
+        return x * (1 + sd**2 * dt / (2 * sigma)) + doubles(v) * (1 + sd**2 * (1 - sigma) / (2 * sigma)) * dt
+
+    def logp(v):
+        return torch.distributions.Normal(mean(v), std).log_prob(after).mean().view(1, 1)
+
+    between = ((mean(inputs["v"]) - mean(inputs[other])) ** 2).mean() / (2 * std**2)
+    extras = {"drift": between, "divergence": between, "std": doubles(std), "dt": doubles(-dt)}
+    return logp(inputs["v"]), logp(inputs[other]), {name: value.view(1, 1) for name, value in extras.items()}
+
+
+def clip_and_kl(inputs, params):
+    new, old, extras = step(inputs, params, "v_ref")
+
+    def at(extras, **options):
+        return mean_loss(flow_grpo(**UNCLIPPED, **options), rows(new, [1.0], old, extras=extras))
+
+    as_released = extras | {"divergence": extras["divergence"] * extras["dt"]}
+    ratio = -at(extras)
+    return {
+        "ratio_mean": ratio,
+        "kl_exact": at(extras, beta=1.0) + ratio,
+        "kl_repo": at(as_released, beta=1.0) + ratio,
+    }
+
+
+def guard(inputs, params):
+    new, old, extras = step(inputs, params, "v_old")
+
+    def at(extras, recipe=grpo_guard):
+        return -mean_loss(recipe(**UNCLIPPED), rows(new, [1.0], old, extras=extras))
+
+    whole, ratio = at(extras), at(extras | {"dt": torch.ones(1, 1)})
+    plain, scaled = at(extras, flow_grpo).log(), ratio.log() / extras["std"].squeeze()
+    return {"log_ratio": plain, "bias": scaled - plain, "ratio": ratio, "loss_divisor": ratio / whole}
+
+
+def flow_advantages(inputs, params):
+    rewards = doubles(inputs["groups"]).unsqueeze(2)
+    got = advantage(flow_grpo, rewards).view(2, 4)
+    centred = advantage(flow_grpo(scale="none"), rewards).view(2, 4)
+    return {
+        "per_prompt": advantage(flow_grpo(scale="group"), rewards).view(2, 4),
+        "global_std": (centred / got)[0, 0] - params["eps"],
+        "with_global_std": got,
+    }
+
+
+def forward_process(inputs, params):
+    clean, noise, t = doubles(inputs["x0"]), doubles(inputs["eps"]), inputs["t"]
+    extras = {"clean": clean, "noised": (1 - t) * clean + t * noise, "sigma": doubles(t)}
+    extras |= {"velocity": doubles(inputs["v"]), "old_velocity": doubles(inputs["v_old"])}
+    shapes = {"clean": (1, 2), "sigma": (1, 1)}
+    extras = {name: value.view(shapes.get(name, (1, 1, 2))) for name, value in extras.items()}
+    recipe = diffusion_nft(mix=params["b"], limit=params["adv_max"], anchor_coef=params["velocity_mse_weight"])
+
+    def at(advantage):
+        return mean_loss(recipe, rows(torch.zeros(1, 1), [advantage], torch.zeros(1, 1), extras=extras))
+
+    good, bad, loss = at(params["adv_max"]), at(-params["adv_max"]), at(inputs["advantage"])
+    scale = params["b"] / params["adv_max"]
+    return {"r": (loss - bad) / (good - bad), "positive": good * scale, "negative": bad * scale, "loss": loss}
+
+
+def preferred(inputs, params):
+    components = doubles([inputs[name] for name in ("psnr", "maniqa", "musiq")]).T
+    weights = doubles([params["f"], params["d"] / 2, params["d"] / 2])
+    given = group(components, weights=weights)
+    credit = group_preference(ddof=params["ddof"], eps=params["eps"]).credit(given)
+    at = torch.zeros(3, 1, 1).double()
+    extras = {"clean": at[:, 0], "noised": at, "sigma": torch.ones(3, 1).double()}
+    extras |= {
+        name: doubles(inputs[which]).sqrt().view(3, 1, 1)
+        for name, which in (("velocity", "losses"), ("ref_velocity", "ref_losses"))
+    }
+    zeros, one = torch.zeros(3, 1), torch.zeros(3, dtype=torch.long)
+    loss = mean_loss(
+        group_preference(beta=float(params["beta"])), rows(zeros, credit.advantage, zeros, extras=extras, group_id=one)
+    )
+    return {
+        "reward": group_preference.aggregate(given.rewards, given)[0],
+        "advantage": credit.advantage,
+        "inside": -loss.expm1().log(),
+        "loss": loss,
+    }
 
 
 # -- several rewards ----------------------------------------------------------------------------------------------------
@@ -532,6 +635,11 @@ SOLVERS = {  # (paper, start of the case's name); the longest that fits
     ("unlikeliness", ""): unlikely,
     ("multi-objective-safety", ""): axes,
     ("vgpo", ""): values_along,
+    ("flow-grpo", "clip_and_kl"): clip_and_kl,
+    ("flow-grpo", "grpo_guard"): guard,
+    ("flow-grpo", "advantages"): flow_advantages,
+    ("flow-grpo", "diffusion_nft"): forward_process,
+    ("gdpo-sr", "reward_and_loss"): preferred,
 }
 
 
@@ -540,7 +648,7 @@ def solver(paper, case):
 
 
 def test_every_case_has_a_solver_and_every_solver_a_case():
-    assert len(CASES) == 60
+    assert len(CASES) == 65
     assert {solver(*name) for name in CASES} == set(SOLVERS)
 
 

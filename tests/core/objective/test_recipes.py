@@ -4,17 +4,25 @@ import re
 
 import pytest
 import torch
-from objective_fixtures import LOSSES, NAMES, group_for
+from objective_fixtures import LOSSES, NAMES, fitted, flow_extras, group_for, rows_of
 from torch.autograd import gradcheck
 
-from core.objective.composition import ASKED, COMPONENTS, LOSS_SLOTS, NEEDS, combine
+from core.objective.composition import ASKED, BECAUSE, COMPONENTS, LOSS_SLOTS, NEEDS, combine
 from core.objective.group import Group
-from core.objective.recipes import RECIPES, build, cispo, dapo, gdpo, grpo, gspo
+from core.objective.recipes import RECIPES, build, cispo, dapo, flow_grpo, gdpo, group_preference, grpo, gspo
 from core.objective.rows import Counts, Loss, Rows
 
 # A detached weight is held by finite differences too: the cap is below all ratios, REINFORCE goes without the ratio (with
-# it, test_surrogate finds the gradient of the clipped loss).
-HELD = {"cispo": {"epsilon_high": 0.01}, "rec": {"weight": "none"}}
+# it, test_surrogate finds the gradient of the clipped loss). The narrow clips of flows would stop the first rollout's too.
+HELD = {
+    "cispo": {"epsilon_high": 0.01},
+    "rec": {"weight": "none"},
+    "flow_grpo": {"epsilon_low": 0.2},
+    "grpo_guard": {"epsilon_low": 0.2},
+}
+RATIOS_AND_TERMS = [
+    recipe for recipe in LOSSES.values() if recipe.loss_fn is None
+]  # the others: test_forward_process.py
 READINGS = [
     RECIPES[name](**options)
     for name, options in (
@@ -53,10 +61,10 @@ FAR = torch.tensor(RATIOS, dtype=torch.float64).log()
 ADVANTAGE = torch.tensor([1.0, -1.0, 2.0, 1.5, -0.7, 0.5], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("recipe", [*LOSSES.values(), *READINGS], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [*RATIOS_AND_TERMS, *READINGS], ids=lambda recipe: recipe.name)
 def test_gradient_by_finite_differences(recipe):
     """With a weight, a dropped row, padding, a KL, and everything in the extras that a recipe may look at."""
-    recipe = recipe(beta=0.1, **(HELD.get(recipe.name, {}) if recipe in LOSSES.values() else {}))
+    recipe = recipe(beta=0.1, **(HELD.get(recipe.name, {}) if recipe in RATIOS_AND_TERMS else {}))
     by_entropy = recipe.options.get("mix") == "entropy"  # which is detached there
     old = random(6, 3, seed=0) - 2
     ref, entropy, distance = old + random(6, 3, seed=1), random(6, 3, seed=2), random(6, 3, seed=3)
@@ -70,8 +78,10 @@ def test_gradient_by_finite_differences(recipe):
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 1], [1, 1, 1], [0, 1, 1]])
     counts = Counts(rows=7, tokens=19, max_length=3)
 
-    def value(logps, entropy, distance):
-        loss = recipe(entropy_coef=0.0 if by_entropy else 0.1).loss(
+    flow = flow_extras(random(6, 3, seed=5))
+
+    def value(logps, entropy, *learnt):
+        loss = fitted(recipe, entropy_coef=0.0 if by_entropy else 0.1).loss(
             Rows(
                 logps=logps,
                 mask=mask,
@@ -82,12 +92,17 @@ def test_gradient_by_finite_differences(recipe):
                 keep=torch.tensor([1, 1, 0, 1, 1, 1]).double(),
                 entropy=entropy,
                 weight=weight,
-                extras=extras | {"distillation": distance},
+                extras=extras | flow | dict(zip(("distillation", "divergence", "drift"), learnt, strict=True)),
             )
         )
         return loss.sum / loss.count
 
-    inputs = [(old + FAR).requires_grad_(), entropy.requires_grad_(not by_entropy), distance.requires_grad_()]
+    learnt = [distance, flow["divergence"], flow["drift"]]
+    inputs = [
+        (old + FAR).requires_grad_(),
+        entropy.requires_grad_(not by_entropy),
+        *(x.requires_grad_() for x in learnt),
+    ]
     assert gradcheck(value, inputs)
     (gradient,) = torch.autograd.grad(value(*inputs), inputs[:1])
     assert (gradient[mask == 0] == 0).all()
@@ -222,6 +237,35 @@ def test_penalty_per_row_or_per_decision_goes_where_it_belongs():
         assert (loss.sum / loss.count).item() == pytest.approx(2.0)
 
 
+# -- flow policies ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("flow_grpo", {"scale": "batch", "ddof": 0, "limit": 5.0}),
+        ("dance_grpo", {"eps": 1e-8, "limit": 5.0}),
+    ],
+)
+def test_flow_recipes_are_plain_grpo_with_other_options(name, options):
+    recipe, plain = RECIPES[name], grpo(epsilon_low=1e-4, **options)
+    given = group_for(recipe, aligned="rollout", prompts=5, size=40)
+    given.rewards[0], given.rewards[0, 0] = 0.0, 1.0
+    credit, expected = recipe.credit(given), plain.credit(given)
+    assert torch.equal(credit.advantage, expected.advantage)
+    assert (credit.advantage == 5.0).sum() == 1  # the limit is felt
+    logps = given.old_logps + 1e-4 * random(*given.old_logps.shape, seed=1)
+    losses = [r.loss(rows_of(given, credit, logps)) for r in (recipe, plain)]
+    assert losses[0].sum == losses[1].sum
+    assert 0 < losses[0].metrics["clip_high"][0] < losses[0].metrics["clip_high"][1]
+
+
+def test_values_along_a_path_are_clipped_and_held_as_the_other_flows_are():
+    flow, anchored = RECIPES["flow_grpo"], RECIPES["value_anchored"]
+    assert (anchored.surrogate, anchored.regularize) == (flow.surrogate, flow.regularize)
+    assert anchored(beta=0.04).all_needs == {"aligned", "divergence"}
+
+
 # -- what a recipe needs --------------------------------------------------------------------------------------------------
 
 
@@ -239,8 +283,38 @@ def test_each_need_that_is_not_given_is_refused_in_words(recipe):
             recipe.refuse(provides, components, "the trainer")
 
 
-def test_every_need_is_some_recipe_s():
-    assert {need for recipe in RECIPES.values() for need in recipe.needs} == set(NEEDS)
+def test_every_need_is_some_recipe_s_or_some_option_s():
+    own, because = ({need for recipe in RECIPES.values() for need in recipe.needs}, [*BECAUSE.values()])
+    asked = {need for options in because for need in options.values()}
+    assert own | asked == set(NEEDS)
+    assert not own & asked
+
+
+@pytest.mark.parametrize(
+    ("recipe", "option", "need"),
+    [(grpo, "beta", "ref_logps"), (dapo, "entropy_coef", "entropy"), (flow_grpo, "beta", "divergence")],
+    ids=["estimate", "entropy", "closed form"],
+)
+def test_an_option_that_asks_for_more_is_refused_in_words_once_it_is_set(recipe, option, need):
+    assert recipe.all_needs == recipe(**{option: 0.1})(**{option: 0}).all_needs == recipe.needs
+    assert recipe(**{option: 0.1}).all_needs == recipe.needs | {need}
+    recipe.refuse(set(NEEDS) - {need}, NAMES, "the trainer")
+    with pytest.raises(ValueError, match=f"{re.escape(NEEDS[need])}: the trainer cannot give that"):
+        recipe(**{option: 0.1}).refuse(set(NEEDS) - {need}, NAMES, "the trainer")
+    combined = combine([build({"recipe": "safety_gated"}), recipe])(**{option: 0.1})
+    assert need in combined.all_needs
+
+
+def test_the_beta_of_a_preference_asks_for_no_divergence():
+    assert group_preference.options["beta"] == 5000
+    assert group_preference.all_needs == group_preference.needs
+
+
+def test_options_are_those_of_the_slots_that_are_used():
+    assert "entropy_coef" not in group_preference.options
+    with pytest.raises(ValueError, match="unknown option of recipe group_preference: 'reduction'"):
+        group_preference(reduction="token_mean")
+    assert group_preference(eps=1e-4, beta=10).options["beta"] == 10.0
 
 
 @pytest.mark.parametrize(
@@ -293,7 +367,7 @@ def test_group_without_an_outcome_works_or_is_refused_in_words(recipe):
         assert recipe.credit(given).advantage.isfinite().all()
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES.values() if "aligned" not in r.needs], ids=lambda r: r.name)
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
 def test_a_rehearsal_lets_every_recipe_through(recipe):
     recipe.rehearse(dict.fromkeys(NAMES, 1.0), "execution")
 
@@ -304,7 +378,7 @@ def test_a_rehearsal_lets_every_recipe_through(recipe):
         ({"recipe": "safety_gated"}, -1.0, "a gate needs weights >= 0, and one is -1"),
         ({"recipe": ["safety_gated", "token_hidden_reward"]}, -1.0, "a gate needs weights >= 0"),
         ({"recipe": "gaussian_rank", "entropy_low": 0.9}, 1.0, "entropy_low=0.9 is above entropy_high=0.8"),
-        ({"recipe": ["safety_gated", "value_anchored"]}, 1.0, "one reward per decision"),
+        ({"recipe": ["safety_gated", "value_anchored"]}, 1.0, "is negative; shift rewards"),
     ],
 )
 def test_a_rehearsal_refuses_what_credit_would_refuse_later(options, weight, message):

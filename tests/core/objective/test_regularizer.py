@@ -5,8 +5,15 @@ import math
 import pytest
 import torch
 
-from core.objective.recipes import RECIPES, grpo, llds
-from core.objective.regularizer import distance_to_sampler, entropy_band, guard_likelihood, kl_and_entropy, kl_estimate
+from core.objective.recipes import RECIPES, flow_grpo, grpo, llds
+from core.objective.regularizer import (
+    closed_form_kl,
+    distance_to_sampler,
+    entropy_band,
+    guard_likelihood,
+    kl_and_entropy,
+    kl_estimate,
+)
 from core.objective.rows import Counts, Rows
 
 REFERENCE = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log()
@@ -97,6 +104,28 @@ def test_what_the_trainer_did_not_give_is_named(options, message):
 
 def test_without_weights_there_is_no_term():
     assert kl_and_entropy(policy()[2]) == (None, {})
+
+
+# -- closed form ----------------------------------------------------------------------------------------------------------
+
+
+def test_closed_form_kl_is_added_as_it_is():
+    """No ratio, no weight; through the recipe's reduction."""
+    divergence = torch.tensor([[0.5, 2.0, math.nan], [1.0, 4.0, 0.0]], dtype=torch.float64).requires_grad_()
+    mask, weight = torch.tensor([[1, 1, 0], [1, 1, 1]]), torch.full((2, 1), 7.0)
+    logps, old = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    fields = {"mask": mask, "advantage": torch.ones(2), "old_logps": old, "counts": Counts(2, 5, 3), "weight": weight}
+    rows = Rows(logps=logps, extras={"divergence": divergence}, **fields)
+    without, loss = flow_grpo.loss(rows), flow_grpo(beta=0.1).loss(rows)
+    assert ((loss.sum - without.sum) / loss.count).item() == pytest.approx(0.1 * ((0.5 + 2) / 2 + (1 + 4 + 0) / 3) / 2)
+    (gradient,) = torch.autograd.grad(loss.sum, divergence)
+    torch.testing.assert_close(gradient, 0.1 * torch.tensor([[0.5, 0.5, 0.0], [1 / 3] * 3]).double())
+    total, count = loss.metrics["kl"]
+    assert (total.item(), count.item()) == (7.5, 5)
+    assert "kl" not in without.metrics
+    assert closed_form_kl(rows) == (None, {})
+    with pytest.raises(ValueError, match="no extra 'divergence'"):
+        flow_grpo(beta=0.1).loss(Rows(logps=logps, **fields))
 
 
 # -- distance to the policy that sampled ----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from core.objective.surrogate import (
     capped_token_ratio,
     clip_loss,
     clip_mask,
+    clipped_normalised_ratio,
     clipped_sequence_ratio,
     clipped_token_ratio,
     masked_reinforce,
@@ -136,6 +137,69 @@ def test_weight_multiplies_the_surrogate_and_no_regularizer():
     by_hand = (-advantage.unsqueeze(1) * weight + 0.1 * 0.5 * (logps - ref) ** 2).sum()
     torch.testing.assert_close(loss.sum, by_hand)
     assert loss.count == 6
+
+
+# -- ratios of Gaussian steps -----------------------------------------------------------------------------------------------
+
+
+def gaussian_rows(mean, noise, std, dt, advantage):
+    """One row a noise: samples old + std * noise of steps whose mean, 0 before, is now `mean`; each number one a step."""
+    mean, noise, std, dt = (doubles(values) for values in (mean, noise, std, dt))
+    mean.requires_grad_()
+    sampled = (std * noise).unsqueeze(2)  # (B, T, 1)
+
+    def logps(at):
+        return torch.distributions.Normal(at.view(1, -1, 1), std.view(1, -1, 1)).log_prob(sampled).mean(2)
+
+    wide = {"drift": mean**2 / (2 * std**2), "std": std, "dt": dt}
+    extras = {name: values.expand(len(noise), -1) for name, values in wide.items()}
+    return mean, rows(logps(mean), logps(torch.zeros_like(std)), doubles(advantage), extras=extras)
+
+
+def test_normalised_ratio_of_fresh_data_is_one_with_the_policy_gradient_over_dt():
+    mean, given = gaussian_rows([0.0, 0.0], [[0.5, -0.3], [-1.0, 0.2]], [0.5, 0.1], [0.1, 0.2], [1.0, -2.0])
+    loss, metrics = clipped_normalised_ratio(given)
+    torch.testing.assert_close(loss.detach(), doubles([[-10.0, -5.0], [20.0, 10.0]]))
+    assert metrics["ratio_deviation_max"][0] == metrics["drift"][0] == metrics["clip_high"][0] == 0
+    (gradient,) = torch.autograd.grad(loss.sum(), mean)
+    # d log ratio / d mean = noise / std, times std: the same size at every step
+    torch.testing.assert_close(gradient, doubles([-(0.5 + 2.0) / 0.1, (0.3 + 0.4) / 0.2]))
+
+
+def test_drift_takes_the_bias_out_of_the_ratio_and_std_its_spread():
+    """Of noises that come in pairs, log ratios average to -drift, and the normalised ones to 0, spread alike at each std."""
+    std = [0.5, 0.1, 0.02]
+    _, given = gaussian_rows([0.3 * s for s in std], [[1.0] * 3, [-1.0] * 3], std, [1.0] * 3, [1.0, 1.0])
+    torch.testing.assert_close(given.log_ratio.mean(0), doubles([-0.045] * 3))
+    loss, metrics = clipped_normalised_ratio(given, epsilon_low=1.0, epsilon_high=math.inf)
+    log_ratio = (-loss).log()
+    torch.testing.assert_close(log_ratio.mean(0), doubles([0.0] * 3))
+    torch.testing.assert_close(log_ratio[0], 0.3 * doubles(std))  # that of the mean's way: 0.3 of a std
+    assert torch.div(*metrics["drift"]).item() == pytest.approx(0.045)
+
+
+def test_drift_has_a_gradient():
+    mean, given = gaussian_rows([0.2], [[0.5]], [0.5], [0.1], [1.0])
+    loss, _ = clipped_normalised_ratio(given, epsilon_low=1.0, epsilon_high=math.inf)
+    (gradient,) = torch.autograd.grad(loss.sum(), mean)
+    ratio = math.exp((0.5 * 0.2 / 0.5) * 0.5)  # log ratio + drift = noise * mean / std
+    assert gradient.item() == pytest.approx(-ratio * 0.5 / 0.1)
+
+
+def test_normalised_ratio_is_clipped_like_any_other():
+    mean, given = gaussian_rows([0.2], [[0.5], [0.5], [-0.5], [-0.5]], [0.5], [0.1], [1.0, -1.0, 1.0, -1.0])
+    loss, metrics = clipped_normalised_ratio(given, epsilon_low=0.01, epsilon_high=0.02)
+    up, down = math.exp(0.1), math.exp(-0.1)
+    torch.testing.assert_close(loss.flatten(), 10 * doubles([-1.02, up, -down, 0.99]))
+    assert [metrics[name][0].item() for name in ("clip_low", "clip_high")] == [1, 1]
+
+
+def test_what_the_guard_looks_at_is_named_if_it_is_missing():
+    _, given = gaussian_rows([0.2], [[0.5]], [0.5], [0.1], [1.0])
+    for name in ("drift", "std", "dt"):
+        extras = {key: value for key, value in given.extras.items() if key != name}
+        with pytest.raises(ValueError, match=f"rows have no extra '{name}'"):
+            clipped_normalised_ratio(rows(given.logps, given.old_logps, given.advantage, extras=extras))
 
 
 # -- REINFORCE on what a clip lets through ------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from core import config as configs
 from core import ranks
 from core.objective.recipes import RECIPES, build
 from core.scoring import Scorer
+from core.train.arguments import PROVIDES
 from core.train.language import LanguageTrainer
 
 OPTIONS = {
@@ -34,7 +35,7 @@ OPTIONS = {
 CASES = {  # every recipe of language policies whose reduction is exact
     name: {"recipe": name, **{key: value for key, value in OPTIONS.items() if key in recipe.options}}
     for name, recipe in RECIPES.items()
-    if "aligned" not in recipe.needs and not recipe.options["reduction"].endswith("_local")
+    if recipe.needs <= PROVIDES and not recipe.options["reduction"].endswith("_local")
 } | {
     "gspo, token mean": {"recipe": "gspo", "reduction": "token_mean"},
     "dapo, batch scale": {"recipe": "dapo", "scale": "batch"},

@@ -1,0 +1,408 @@
+"""Flow-matching policies: one decision is one noisy denoising step.
+
+A net predicts the velocity v = dx/dsigma of a path from noise (sigma 1) to data (sigma 0). A rollout follows the schedule;
+inside a window of steps noise is added (core/policy/kernel.py), and these steps are the decisions: Gaussians whose mean the
+net decides. All other steps, and always the last one, follow the ODE. Guidance is part of the policy: it is the same in a
+rollout and when its decisions are weighed again.
+
+The chance of a rollout is a function of its prompt's seed alone, not of ranks or batch sizes. All states are float32.
+
+Not covered: kernels whose noise has more than one scale for a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from core.config import ConfigError, FlowRollout, Model
+from core.policy.kernel import Kernel, Prior, Schedule, Window, divergence, draw, equalizer, log_prob
+from core.policy.trajectory import Decisions, Trajectory
+
+Condition = dict[str, Tensor]  # first dimension: rows; "valid", if there, marks the elements of x that count
+GIVEN = "condition/"  # prefix of the condition's tensors in a trajectory's state
+
+
+class FlowNet(Protocol):
+    """An nn.Module that predicts velocities; its parameters with gradient are what learns."""
+
+    def encode(self, conditions: Sequence[Mapping[str, Any]]) -> Condition:
+        """N rows' conditions as tensors of first dimension N, on the net's device; no gradient."""
+
+    def unconditional(self, condition: Condition) -> Condition:
+        """The same without the instruction, for guidance."""
+
+    def noise_shape(self, condition: Condition) -> tuple[int, ...]:
+        """Of one x."""
+
+    def velocity(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """x: (B, ...), sigma: (B,). Returns v = dx/dsigma, (B, ...)."""
+
+    def decode(self, x: Tensor, condition: Condition) -> list[np.ndarray]:
+        """What a reward sees of the data points x, (B, ...): B arrays; no gradient."""
+
+    def encode_target(self, outputs: Sequence[np.ndarray], condition: Condition) -> Tensor:
+        """The data points of outputs: what `decode` undoes; for a supervised start."""
+
+    def prior(self, condition: Condition) -> Prior:
+        """Where paths start."""
+
+    def reference(self) -> contextlib.AbstractContextManager:
+        """The net as it was before training, while the block runs. Raises ValueError if it has no adapter to turn off."""
+
+    def save(self, folder: Path) -> None:
+        """What was trained, through save_pretrained."""
+
+    def restore(self, folder: Path) -> None:
+        """Takes the weights that `save` wrote there."""
+
+
+class FlowPolicy(nn.Module):
+    """A net with the way it is sampled; see the module docstring.
+
+    half: compute velocities in bfloat16, in rollouts and in `forward` alike. Raises ValueError for a window that leaves no
+    noisy step.
+    """
+
+    def __init__(self, net: nn.Module, rollout: FlowRollout, half: bool = False):
+        super().__init__()
+        self.net, self.settings, self.half = net, rollout, half
+        self.schedule = Schedule.uniform(rollout.steps, rollout.shift)
+        self.kernel = Kernel(rollout.kernel, rollout.noise_level)
+        self.active: int | None = None  # window=active: how many steps are noisy, once it has been measured
+        self._averaged: dict[str, Tensor] = {}
+        self._reference: list[nn.Module] = []  # a list hides the copy from parameters() and state_dict()
+        self.eval()  # no dropout, also while training: a decision must weigh the same twice
+
+    def train(self, mode: bool = True) -> FlowPolicy:
+        """Stays in evaluation mode: dropout would make the first ratio differ from 1."""
+        return super().train(False)
+
+    # -- acting ---------------------------------------------------------------------------------------------------------
+
+    def window(self, batch: int) -> range:
+        """The noisy steps of a generation batch, counted from 0."""
+        settings = self.settings
+        if settings.window == "active":
+            if self.active is None:
+                raise ValueError("window=active has not been measured; the trainer does that before the first rollout")
+            return Window("first", self.active).steps(batch, len(self.schedule))
+        window = Window(settings.window, settings.window_size, settings.window_every)
+        return window.steps(batch, len(self.schedule))
+
+    def path(self, window: range) -> Schedule:
+        """The schedule of a rollout: after the window, `shortcut` large steps if that is set."""
+        cut = self.settings.shortcut
+        return self.schedule.shortcut(window.stop, cut) if cut else self.schedule
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        conditions: Sequence[Mapping[str, Any]],
+        group_size: int,
+        seeds: Sequence[int],
+        *,
+        batch: int = 0,
+        batch_size: int | None = None,
+        asks: frozenset[str] = frozenset(),
+        window: range | None = None,
+    ) -> Trajectory:
+        """See TrajectoryPolicy. window: other noisy steps than those of `batch`.
+
+        asks: "aligned" keeps estimates; "divergence" the reference's velocities, "drift" the sampler's means; "renoised" makes
+        rollouts without noise and noises their outputs again, at every sigma above 0, for forward-process losses.
+        """
+        condition = self.net.encode(conditions)
+        shape, count = tuple(self.net.noise_shape(condition)), len(conditions) * group_size
+        condition = {name: part.repeat_interleave(group_size, dim=0) for name, part in condition.items()}
+        if "renoised" in asks:  # nothing is noisy; every sigma above 0 is one to come back from
+            window = range(len(self.schedule))
+        window = self.window(batch) if window is None else window
+        path = self.schedule if "renoised" in asks else self.path(window)
+        noise = [self._noise(shape, group_size, seed, len(window)) for seed in seeds]
+        parts = []
+        for rows in slices(count, batch_size):
+            given = {name: part[rows] for name, part in condition.items()}
+            start, steps = (torch.cat(drawn)[rows].to(**self._like) for drawn in zip(*noise, strict=True))
+            make = self._renoised if "renoised" in asks else self._noisy
+            parts.append(make(given, start, steps, path, window, asks))
+        return joined(parts)
+
+    @property
+    def _like(self) -> dict[str, Any]:
+        """Where states live, and their dtype: float32 whatever the net's, or float64."""
+        weight = next(self.net.parameters())
+        return {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+
+    def _noise(self, shape: tuple[int, ...], group_size: int, seed: int, steps: int) -> tuple[Tensor, Tensor]:
+        """Of one group: where it starts, (G, ...), and what is added at each noisy step, (G, T, ...)."""
+        generator = torch.Generator().manual_seed(seed)
+        if self.settings.shared_noise:
+            start = torch.randn(1, *shape, generator=generator).expand(group_size, *shape)
+        else:
+            start = torch.randn(group_size, *shape, generator=generator)
+        added = [draw((group_size, *shape), group_size, generator, self.settings.antithetic) for _ in range(steps)]
+        return start, torch.stack(added, dim=1) if added else start.new_zeros(group_size, 0, *shape)
+
+    def _noisy(self, given, start, added, path: Schedule, window: range, asks) -> Trajectory:
+        """Rollouts of some rows: the ODE outside the window, noise inside it."""
+        prior, valid = self.net.prior(given), given.get("valid")
+        x, states, logps, means, estimates = prior.start(start), [], [], [], []
+        for i, (sigma, after) in enumerate(pairwise(path.sigmas)):
+            v = self.velocity(x, sigma, given)
+            if "aligned" in asks and window.start < i < window.stop:
+                estimates.append(self.net.decode(prior.clean(x, v, sigma), given))
+            if i in window:
+                mean, std = self.kernel.step(x, v, sigma, after, prior)
+                states.append(x)
+                x = mean + std * added[:, i - window.start]
+                logps.append(log_prob(x, mean, std, valid))
+                means += [mean] if "drift" in asks else []
+                if i + 1 == window.stop:
+                    states.append(x)
+            else:
+                x = x + v * (after - sigma)
+        outputs = self.net.decode(x, given)
+        if "aligned" in asks:  # after the window all is decided: the last decision's promise is the output itself
+            estimates.append(outputs)
+        count, sigmas = len(x), x.new_tensor(path.sigmas)
+        state = {
+            "x": torch.stack(states, dim=1),
+            "sigma": sigmas[window.start : window.stop].expand(count, -1),
+            "after": sigmas[window.start + 1 : window.stop + 1].expand(count, -1),
+            **{f"{GIVEN}{name}": part for name, part in given.items()},
+        }
+        if self.settings.equalize:
+            scale = equalizer(self.kernel, path)[window.start : window.stop]
+            state["weight"] = scale.to(x).expand(count, -1)
+        if means:
+            state["mean"] = torch.stack(means, dim=1)
+        trajectory = Trajectory(
+            torch.stack(logps, dim=1), x.new_ones(count, len(window)), state, outputs, estimates if estimates else None
+        )
+        if "divergence" in asks:
+            at = (state["x"][:, :-1].flatten(0, 1), state["sigma"].flatten(), repeated(given, len(window)))
+            state["reference"] = self.reference_velocity(*at).view(count, len(window), *x.shape[1:])
+        return trajectory
+
+    def _renoised(self, given, start, added, path: Schedule, window: range, asks) -> Trajectory:
+        """Rollouts of some rows by the ODE, and their ends on the way back: noised again at each sigma of the window."""
+        prior = self.net.prior(given)
+        clean = self._ode(prior.start(start), path, given)
+        count, steps = len(clean), len(window)
+        sigma = clean.new_tensor(path.sigmas[window.start : window.stop]).expand(count, -1)
+        many = repeated(given, steps)
+        ends = self.net.prior(many)
+        noised = ends.noised(clean.repeat_interleave(steps, 0), added.flatten(0, 1), sigma.flatten())
+        at = (noised, sigma.flatten(), many)
+        shape = (count, steps, *clean.shape[1:])
+        state = {
+            "clean": clean,
+            "noised": noised.view(shape),
+            "sigma": sigma,
+            "old": self.velocity(*at).view(shape),
+            "reference": self.reference_velocity(*at).view(shape),
+            **{f"{GIVEN}{name}": part for name, part in given.items()},
+        }
+        zeros = clean.new_zeros(count, steps)
+        return Trajectory(zeros, torch.ones_like(zeros), state, self.net.decode(clean, given))
+
+    def _ode(self, x: Tensor, path: Schedule, given: Condition) -> Tensor:
+        for sigma, after in pairwise(path.sigmas):
+            x = x + self.velocity(x, sigma, given) * (after - sigma)
+        return x
+
+    @torch.no_grad()
+    def generate(
+        self,
+        conditions: Sequence[Mapping[str, Any]],
+        seeds: Sequence[int],
+        steps: int | None = None,
+        batch_size: int = 64,
+    ) -> list[np.ndarray]:
+        """One output a condition, by the ODE in `steps` steps (None: a rollout's), with averaged weights if there are."""
+        path = Schedule.uniform(steps or self.settings.steps, self.settings.shift)
+        outputs = []
+        with self.averaged():
+            for rows in slices(len(conditions), batch_size):
+                given = self.net.encode(conditions[rows])
+                shape = tuple(self.net.noise_shape(given))
+                noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds[rows]]
+                start = torch.stack(noise).to(**self._like)
+                outputs += self.net.decode(self._ode(self.net.prior(given).start(start), path, given), given)
+        return outputs
+
+    # -- weighing what was done -------------------------------------------------------------------------------------------
+
+    def forward(self, trajectory: Trajectory, steps: slice = slice(None)) -> Decisions:
+        """The decisions `steps` of every row under the weights of now, all in one pass of the net."""
+        state = trajectory.state
+        given = {name.removeprefix(GIVEN): part for name, part in state.items() if name.startswith(GIVEN)}
+        if "clean" in state:
+            return self._denoised(state, given, steps)
+        x, ends = state["x"][:, :-1][:, steps], state["x"][:, 1:][:, steps]
+        count, width = x.shape[:2]
+        given, valid = repeated(given, width), given.get("valid")
+        valid = None if valid is None else valid.repeat_interleave(width, dim=0)
+        sigma, after = (state[name][:, steps].flatten() for name in ("sigma", "after"))
+        x, ends, prior = x.flatten(0, 1), ends.flatten(0, 1), self.net.prior(given)
+
+        def rows(values: Tensor) -> Tensor:
+            return values.view(count, width)
+
+        mean, std = self.kernel.step(x, self.velocity(x, sigma, given), sigma, after, prior)
+        extras = {}
+        if "reference" in state:
+            v = state["reference"][:, steps].flatten(0, 1)
+            reference = self.kernel.step(x, v, sigma, after, prior)[0]
+            form = self.settings.divergence
+            extras["divergence"] = rows(divergence(mean, reference, std, valid, form, dt=sigma - after))
+        if "mean" in state:
+            old = state["mean"][:, steps].flatten(0, 1)
+            extras["drift"] = rows(divergence(mean, old, std, valid))
+            extras["std"] = rows(std.flatten())
+            extras["dt"] = rows(sigma - after)
+        weight = state["weight"][:, steps] if "weight" in state else None
+        return Decisions(rows(log_prob(ends, mean, std, valid)), weight=weight, extras=extras)
+
+    def _denoised(self, state: Mapping[str, Tensor], given: Condition, steps: slice) -> Decisions:
+        """What a forward-process loss compares: velocities at the noised outputs, flattened to (B, t, D)."""
+        noised, sigma = state["noised"][:, steps], state["sigma"][:, steps]
+        count, width = sigma.shape
+        v = self.velocity(noised.flatten(0, 1), sigma.flatten(), repeated(given, width))
+        extras = {
+            "velocity": v.view(count, width, -1),
+            "old_velocity": state["old"][:, steps].flatten(2),
+            "ref_velocity": state["reference"][:, steps].flatten(2),
+            "noised": noised.flatten(2),
+            "clean": state["clean"].flatten(1).unsqueeze(1).expand(count, width, -1),
+            "sigma": sigma,
+        }
+        return Decisions(torch.zeros_like(sigma), extras=extras)
+
+    def velocity(self, x: Tensor, sigma: Tensor | float, given: Condition, net: nn.Module | None = None) -> Tensor:
+        """The guided velocity, in the dtype of x; the branch without instruction carries no gradient."""
+        net, settings = self.net if net is None else net, self.settings
+        sigma = x.new_full((len(x),), sigma) if isinstance(sigma, float) else sigma
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
+            v = net.velocity(x, sigma, given).to(x.dtype)
+            if settings.guidance == 1.0:
+                return v
+            with torch.no_grad():
+                free = net.velocity(x, sigma, net.unconditional(given)).to(x.dtype)
+        guided = free + settings.guidance * (v - free)
+        if settings.guidance_rescale:
+            axis = -1 if v.dim() == 3 else 1  # tokens (B, L, C), or maps (B, C, ...)
+            guided = guided * (v.norm(dim=axis, keepdim=True) / guided.norm(dim=axis, keepdim=True).clamp(min=1e-8))
+        return guided
+
+    # -- other weights than those of now ----------------------------------------------------------------------------------
+
+    def keep_reference(self) -> None:
+        """From now on the reference is the policy of now: an adapter that can be turned off, or a frozen copy."""
+        try:
+            with self.net.reference():
+                pass
+        except ValueError:
+            self._reference[:] = [copy.deepcopy(self.net).requires_grad_(False)]
+
+    @torch.no_grad()
+    def reference_velocity(self, x: Tensor, sigma: Tensor, given: Condition) -> Tensor:
+        """The velocity of the policy as it was before training."""
+        if self._reference:
+            return self.velocity(x, sigma, given, self._reference[0])
+        with self.net.reference():
+            return self.velocity(x, sigma, given)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.net.named_parameters() if p.requires_grad}
+
+    def average(self, decay: float) -> None:
+        """Moves the averaged weights towards those of now by 1 - decay; the first call copies them."""
+        for name, now in self.trained().items():
+            if name in self._averaged:
+                self._averaged[name].lerp_(now.detach(), 1 - decay)
+            else:
+                self._averaged[name] = now.detach().clone()
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in place of those of now, if there are any."""
+        trained = self.trained() if self._averaged else {}
+        now = {name: p.detach().clone() for name, p in trained.items()}
+        try:
+            with torch.no_grad():
+                for name, p in trained.items():
+                    p.copy_(self._averaged[name])
+            yield
+        finally:
+            with torch.no_grad():
+                for name, p in trained.items():
+                    p.copy_(now[name])
+
+    def memory(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside the net's weights."""
+        return {"active": self.active, "averaged": self._averaged}
+
+    def remember(self, memory: Mapping[str, Any]) -> None:
+        self.active, self._averaged = memory["active"], dict(memory["averaged"])
+
+    def save(self, folder: Path) -> None:
+        """The net as evaluations see it."""
+        with self.averaged():
+            self.net.save(Path(folder))
+
+
+def repeated(given: Condition, times: int) -> Condition:
+    return {name: part.repeat_interleave(times, dim=0) for name, part in given.items()} if times > 1 else given
+
+
+def slices(count: int, size: int | None) -> list[slice]:
+    """0..count in parts of at most `size`."""
+    size = size or max(count, 1)
+    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def joined(parts: Sequence[Trajectory]) -> Trajectory:
+    """The rollouts of several trajectories, one after the other."""
+    estimates = None
+    if parts[0].estimates is not None:
+        steps = zip(*(part.estimates for part in parts), strict=True)
+        estimates = [[output for part in step for output in part] for step in steps]
+    return Trajectory(
+        torch.cat([part.logps for part in parts]),
+        torch.cat([part.mask for part in parts]),
+        {name: torch.cat([part.state[name] for part in parts]) for name in parts[0].state},
+        [output for part in parts for output in part.outputs],
+        estimates,
+    )
+
+
+def load_net(settings: Model, path: str | Path, build: Callable[[Model], nn.Module]) -> nn.Module:
+    """The net of `path`: "tiny" (built by `build`), a folder that a run left, or a diffusers pipeline (folder or hub id).
+
+    Raises ConfigError with the likely reason if it cannot be loaded.
+    """
+    if str(path) == "tiny":
+        net = build(settings)
+    elif (kept := Path(path) / "config.json").is_file():
+        from core.policy.tiny_flow import TinyFlow
+
+        kind = json.loads(kept.read_text()).get("_class_name")
+        if kind != TinyFlow.__name__:
+            raise ConfigError(f"MODEL={path} holds a {kind}; a flow policy is a diffusers pipeline or a TinyFlow")
+        net = TinyFlow.load(Path(path), settings)
+    else:
+        from core.policy.pipelines import PipelineNet
+
+        net = PipelineNet.load(str(path), settings)
+    return net.to("cuda" if torch.cuda.is_available() else "cpu")

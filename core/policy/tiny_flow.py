@@ -1,0 +1,317 @@
+"""TinyFlow: a small from-scratch velocity net over 2-D maps (B, C, H, W) that are edited, cleaned or sharpened: the offline
+default's policy for flows.
+
+Every condition brings a map of the same shape as x: the source image, or the low-resolution image enlarged. Most of a
+target equals its map, so the net is preconditioned around it, as Karras et al. 2022 (arXiv 2206.00364) do around zero;
+derived: with target = map + d, d of standard deviation `spread`, and x1 = start + s n, the best linear guess of
+v = x1 - x0 from x is known for every sigma; the U-Net predicts what the guess leaves over, in units of its standard
+deviation. At the start its last layer is 0: the net then is that guess, which draws the map itself with noise of `spread`.
+
+The text is words and numbers hashed into buckets (crc32; no tokenizer file), read in their order by a transformer. It
+and sigma scale and shift the features of each block, and the coarsest level attends to the words. The coarsest level sees
+the whole map; two channels of coordinates tell positions apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from core.config import Model
+from core.policy import adapter
+from core.policy.kernel import STANDARD, Centred, Prior
+
+
+class TinyFlow(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """A velocity net over maps of `channels` channels; each condition holds "image" and, with `text`, "text".
+
+    text: the condition has an instruction.
+    scale: x is `scale` times higher and wider than the image of the condition (super-resolution; bicubic).
+    centre_scale: 0: the path starts at N(0, I); else at N(map, centre_scale^2 I) (restoration, also in one step).
+    spread: standard deviation of target - map, per value in [-1, 1].
+    width: channels of the finest level; each coarser level has twice as many, up to four times.
+    levels: how often the map is halved, after a first 2x2 patch; height and width must divide by 2^(levels + 1).
+    words: how many words of the text are read. buckets: hash buckets; a collision makes two words one.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        channels: int = 3,
+        text: bool = True,
+        scale: int = 1,
+        centre_scale: float = 0.0,
+        spread: float = 0.3,
+        width: int = 32,
+        levels: int = 2,
+        words: int = 24,
+        buckets: int = 1024,
+    ):
+        super().__init__()
+        widths = [width * min(2**level, 4) for level in range(levels + 1)]
+        self.embedding = 2 * widths[-1]
+        self.time = nn.Sequential(nn.Linear(32, self.embedding), nn.SiLU(), nn.Linear(self.embedding, self.embedding))
+        self.reader = Reader(words, buckets, widths[-1], self.embedding) if text else None
+        self.enter = nn.Conv2d(4 * 2 * channels + 2, widths[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.carry = Carry(widths[0], self.embedding)
+        for fine, coarse in zip(widths, widths[1:], strict=False):
+            self.down.append(
+                nn.ModuleList([Block(fine, fine, self.embedding), nn.Conv2d(fine, coarse, 3, stride=2, padding=1)])
+            )
+            self.up.insert(0, nn.ModuleList([nn.Conv2d(coarse, fine, 1), Block(2 * fine, fine, self.embedding)]))
+        self.middle = nn.ModuleList([Block(widths[-1], widths[-1], self.embedding) for _ in range(2)])
+        self.look = Attention(widths[-1])
+        self.read = Attention(widths[-1]) if text else None
+        self.leave = nn.Sequential(_norm(width), nn.SiLU(), nn.Conv2d(width, 4 * channels, 3, padding=1))
+        nn.init.zeros_(self.leave[-1].weight)
+        nn.init.zeros_(self.leave[-1].bias)
+
+    def forward(self, x: Tensor, sigma: Tensor, image: Tensor, words: Tensor | None = None) -> Tensor:
+        """The velocity. x, image (B, C, H, W); sigma (B,) in [0, 1]; words (B, L) buckets, 0 = none. Returns (B, C, H, W)."""
+        q, s = self.config.spread**2, self.config.centre_scale or 1.0
+        sigma = sigma.to(x).view(-1, 1, 1, 1)
+        away = x - image if self.config.centre_scale else x - (1 - sigma) * image
+        power = (1 - sigma) ** 2 * q + (sigma * s) ** 2
+        guess = (sigma * s**2 - (1 - sigma) * q) / power * away - (0 if self.config.centre_scale else image)
+        rest = self._unet(away * power.rsqrt(), sigma.flatten(), image, words)
+        return guess + (q * s**2 / power).sqrt() * rest
+
+    def _unet(self, x: Tensor, sigma: Tensor, image: Tensor, words: Tensor | None) -> Tensor:
+        angles = sigma[:, None] * torch.linspace(0, 4, 16, device=x.device, dtype=x.dtype).exp()
+        mood = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
+        said, mask = (None, None) if self.reader is None else self.reader(words)
+        if said is not None:
+            mood = mood + self.reader.summary(said, mask)
+        mood = functional.silu(mood)
+        h = functional.pixel_unshuffle(torch.cat([x, image], dim=1), 2)
+        rows, columns = (torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in h.shape[2:])
+        grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).expand(len(h), -1, -1, -1)
+        h = self.enter(torch.cat([h, grid], dim=1))
+        skips = []
+        for block, halve in self.down:
+            h = block(h, mood)
+            if not skips:
+                h = self.carry(h, mood)
+            skips.append(h)
+            h = halve(skips[-1])
+        h = self.middle[0](h, mood)
+        if said is not None:
+            h = self.read(h, said, mask)
+        h = self.middle[1](self.look(h), mood)
+        for reduce, block in self.up:
+            h = torch.cat([functional.interpolate(reduce(h), scale_factor=2.0), skips.pop()], dim=1)
+            h = block(h, mood)
+        return functional.pixel_shuffle(self.leave(h), 2)
+
+    # The doors of a flow net.
+
+    @torch.no_grad()
+    def encode(self, conditions: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """{"image": (N, C, H, W) in [-1, 1], already enlarged by `scale`; with text "words": (N, L) buckets}."""
+        image = self._maps([condition["image"] for condition in conditions])
+        if self.config.scale > 1:
+            image = functional.interpolate(image, scale_factor=self.config.scale, mode="bicubic").clamp(-1, 1)
+        step = 2 ** (self.config.levels + 1)
+        if image.shape[2] % step or image.shape[3] % step:
+            raise ValueError(
+                f"images of {image.shape[2]}x{image.shape[3]} do not divide by {step}: "
+                f"a net of {self.config.levels} levels needs that; crop them or use fewer levels"
+            )
+        if self.reader is None:
+            return {"image": image}
+        return {"image": image, "words": self.reader.encode([c["text"] for c in conditions]).to(self.device)}
+
+    def unconditional(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same without the instruction; the image stays."""
+        return {k: torch.zeros_like(v) if k == "words" else v for k, v in condition.items()}
+
+    def noise_shape(self, condition: dict[str, Tensor]) -> tuple[int, ...]:
+        return tuple(condition["image"].shape[1:])
+
+    def velocity(self, x: Tensor, sigma: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        return self(x, sigma, **condition)
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor, condition: dict[str, Tensor]) -> list[np.ndarray]:
+        """(B, C, H, W) -> B images, float32 (H, W, C) in [0, 1]; what lies outside is clipped."""
+        return list(((x0.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).contiguous().cpu().numpy())
+
+    @torch.no_grad()
+    def encode_target(self, artefacts: Sequence[np.ndarray], condition: dict[str, Tensor]) -> Tensor:
+        """The inverse of `decode`. Raises ValueError if a target has not the shape of x."""
+        x0 = self._maps(artefacts)
+        if tuple(x0.shape[1:]) != self.noise_shape(condition):
+            raise ValueError(
+                f"targets are {tuple(x0.shape[1:])}, but their conditions give {self.noise_shape(condition)} "
+                f"(channels, height, width; model scale {self.config.scale})"
+            )
+        return x0
+
+    def prior(self, condition: dict[str, Tensor]) -> Prior:
+        return Centred(condition["image"], self.config.centre_scale) if self.config.centre_scale else STANDARD
+
+    @classmethod
+    def load(cls, folder: Path, settings: Model) -> TinyFlow:
+        """The net that `save` wrote, with a new adapter if the settings ask for one and it has none."""
+        net = cls.from_pretrained(folder)
+        if (folder / adapter.FILE).exists():
+            net.load_lora_adapter(folder, prefix=None, weight_name=adapter.FILE, adapter_name="default")
+        elif settings.lora_rank:
+            adapter.add(net, settings)
+        return net
+
+    def save(self, folder: Path) -> None:
+        """All weights; with LoRA, the net without the adapter and the adapter beside it."""
+        if not getattr(self, "peft_config", None):
+            self.save_pretrained(folder)
+            return
+        plain = {k.replace(".base_layer", ""): v for k, v in self.state_dict().items() if "lora_" not in k}
+        bare = TinyFlow.from_config(self.config)
+        bare.load_state_dict(plain)
+        bare.save_pretrained(folder)
+        self.save_lora_adapter(folder)
+
+    def restore(self, folder: Path) -> None:
+        """Takes over the weights that `save` wrote; with LoRA, the adapter's."""
+        if getattr(self, "peft_config", None):
+            adapter.restore(self, folder)
+        else:
+            self.load_state_dict(load_file(folder / SAFETENSORS_WEIGHTS_NAME))
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """The adapter is off inside. Raises ValueError if there is none."""
+        if not getattr(self, "peft_config", None):
+            raise ValueError("the net has no adapter to turn off: all its weights are trained; keep a frozen copy")
+        self.disable_adapters()
+        try:
+            yield
+        finally:
+            self.enable_adapters()
+
+    def _maps(self, images: Sequence[np.ndarray]) -> Tensor:
+        """N images (H, W, C) in [0, 1] -> (N, C, H, W) in [-1, 1]."""
+        shapes = {np.shape(image) for image in images}
+        if len(shapes) != 1:
+            raise ValueError(f"images of one batch must have one shape, not {sorted(shapes)}; crop or resize them")
+        if (shape := shapes.pop())[2:] != (self.config.channels,):
+            raise ValueError(f"an image has shape {shape}; the net needs (height, width, {self.config.channels})")
+        stacked = torch.from_numpy(np.stack(images).astype(np.float32, copy=False))
+        return (stacked.permute(0, 3, 1, 2).contiguous() * 2 - 1).to(self.device, self.dtype)
+
+
+class Reader(nn.Module):
+    """Words -> one feature each, aware of its place and of the others; a zero word is read as "nothing said"."""
+
+    def __init__(self, words: int, buckets: int, width: int, embedding: int):
+        super().__init__()
+        self.words, self.buckets = words, buckets
+        self.word = nn.Embedding(buckets + 1, width)
+        self.place = nn.Parameter(torch.randn(words, width) * 0.5)
+        self.mix = Attention(width)
+        self.think = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+        self.out = nn.Linear(2 * width, embedding)
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """(N, words) buckets 1..buckets, 0 = no word; words past the limit are dropped."""
+        rows = torch.zeros(len(texts), self.words, dtype=torch.long)
+        for row, text in zip(rows, texts, strict=True):
+            for place, word in enumerate(re.findall(r"[^\W\d]+|\d+(?:\.\d+)?", text.lower())[: self.words]):
+                row[place] = zlib.crc32(word.encode()) % self.buckets + 1
+        return rows
+
+    def forward(self, words: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L) -> features (B, L, width) and the mask (B, L) of words that are there; the first place always is."""
+        mask = words > 0
+        mask[:, 0] = True
+        h = self.word(words) + self.place
+        h = self.mix(h.mT[..., None], None, mask)[..., 0].mT
+        return h + self.think(h), mask
+
+    def summary(self, said: Tensor, mask: Tensor) -> Tensor:
+        """(B, embedding) of all words."""
+        kept = said * mask[..., None]
+        mean = kept.sum(1) / mask.sum(1, keepdim=True)
+        return self.out(torch.cat([mean, said.masked_fill(~mask[..., None], -1e4).amax(1)], dim=1))
+
+
+class Block(nn.Module):
+    """Two convolutions around a residual; the embedding scales and shifts between them."""
+
+    def __init__(self, width: int, out: int, embedding: int):
+        super().__init__()
+        self.first = nn.Sequential(_norm(width), nn.SiLU(), nn.Conv2d(width, out, 3, padding=1))
+        self.norm = _norm(out)
+        self.film = nn.Linear(embedding, 2 * out)
+        self.second = nn.Conv2d(out, out, 3, padding=1)
+        self.skip = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
+
+    def forward(self, x: Tensor, mood: Tensor) -> Tensor:
+        scale, shift = self.film(mood)[..., None, None].chunk(2, dim=1)
+        h = self.norm(self.first(x)) * (1 + scale) + shift
+        return self.skip(x) + self.second(functional.silu(h))
+
+
+class Carry(nn.Module):
+    """Residual shift of features over the map: each channel is convolved with a row and a column kernel that the embedding
+    predicts (dynamic filters, Jia et al. 2016, arXiv 1605.09673; separable and softmax-normalised, as in arXiv 1605.07157).
+    """
+
+    def __init__(self, width: int, embedding: int, channels: int = 32, reach: int = 15):
+        super().__init__()
+        self.channels, self.reach = channels, reach
+        self.take = nn.Conv2d(width, channels, 1)
+        self.kernels = nn.Linear(embedding, 2 * channels * (2 * reach + 1))
+        self.put = nn.Conv2d(channels, width, 1)
+
+    def forward(self, x: Tensor, mood: Tensor) -> Tensor:
+        kernels = self.kernels(mood).view(len(x), 2, self.channels, -1).softmax(-1)
+        down, along = (self._band(kernels[:, i], n) for i, n in enumerate(x.shape[2:]))
+        return x + self.put(down @ self.take(x) @ along.mT)
+
+    def _band(self, kernel: Tensor, size: int) -> Tensor:
+        """(B, C, 2 reach + 1) -> (B, C, size, size): row i holds the weight of what lies at j, kernel[i - j + reach]."""
+        places = torch.arange(size, device=kernel.device)
+        offset = places[:, None] - places + self.reach
+        inside = (offset >= 0) & (offset <= 2 * self.reach)
+        return kernel[..., offset.clamp(0, 2 * self.reach)] * inside
+
+
+class Attention(nn.Module):
+    """Residual attention of the places of a map (B, C, H, W) to themselves, or to words (B, L, C)."""
+
+    def __init__(self, width: int, heads: int = 4):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.keys = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, words: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        h = self.norm(x.flatten(2).mT)
+        query, (key, value) = self.query(h), self.keys(h if words is None else words).chunk(2, dim=2)
+        query, key, value = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
+        mask = None if mask is None else mask[:, None, None]
+        h = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return x + self.out(h.transpose(1, 2).flatten(2)).mT.unflatten(2, x.shape[2:])
+
+
+def _norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(width, 8), width)

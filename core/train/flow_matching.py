@@ -1,0 +1,82 @@
+"""The supervised start of a flow policy: ordinary flow matching (Lipman et al. 2023, arXiv 2210.02747) on pairs.
+
+    E || v(x_sigma, sigma, c) - (x1 - x0) ||^2,   x_sigma = (1 - sigma) x0 + sigma x1,   x1 from the net's own prior.
+
+What is imitated is gold, or what the app's annotator would have made, mistakes included (`App.demonstrations`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def imitate(
+    net: nn.Module,
+    conditions: Sequence[Mapping[str, Any]],
+    targets: Sequence[np.ndarray],
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    on_log: Callable[[int, dict[str, float]], None] | None = None,
+    drop_text: float = 0.0,
+    sigmas: Literal["uniform", "logit_normal"] = "uniform",
+) -> nn.Module:
+    """Train `net` (a flow net) in place to draw each condition's target.
+
+    steps: optimizer steps (AdamW, 5 % warm-up, then a cosine to 0; gradients clipped to norm 1).
+    drop_text: share of rows that get `net.unconditional` (guidance needs it).
+    sigmas: where on the path the net is asked; logit_normal is the sigmoid of N(0, 1) (arXiv 2403.03206, section 3.1).
+    Raises ValueError on lists of unequal length, FloatingPointError on the first loss that is not finite.
+    """
+    if len(conditions) != len(targets) or not len(targets):
+        raise ValueError(f"{len(conditions)} conditions and {len(targets)} targets; both must be equal and not 0")
+    generator = torch.Generator().manual_seed(seed)
+    condition = net.encode(conditions)
+    x0s = net.encode_target(targets, condition)
+    weights = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    warmup, report = max(1, steps // 20), max(1, steps // 20)
+    net.train()
+    order, total = torch.empty(0, dtype=torch.long), 0.0
+    for step in range(1, steps + 1):
+        rate = min(step / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (steps - warmup + 1))))
+        optimizer.param_groups[0]["lr"] = lr * rate
+        while len(order) < batch_size:
+            order = torch.cat([order, torch.randperm(len(x0s), generator=generator)])
+        rows, order = order[:batch_size].to(x0s.device), order[batch_size:]
+        x0, batch = x0s[rows], {name: tensor[rows] for name, tensor in condition.items()}
+        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        sigma = torch.rand(batch_size, generator=generator)
+        if sigmas == "logit_normal":
+            sigma = torch.randn(batch_size, generator=generator).sigmoid()
+        sigma = sigma.to(x0.device)
+        if drop_text:
+            dropped = (torch.rand(batch_size, generator=generator) < drop_text).to(x0.device)
+            batch = {
+                name: torch.where(dropped.view(-1, *[1] * (tensor.dim() - 1)), without, tensor)
+                for (name, tensor), without in zip(batch.items(), net.unconditional(batch).values(), strict=True)
+            }
+        prior = net.prior(batch)
+        velocity = net.velocity(prior.noised(x0, noise, sigma), sigma, batch)
+        loss = (velocity.float() - (prior.start(noise) - x0).float()).square().mean()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"warm-up: the loss is {value} at step {step} of {steps}; lower warmup.lr={lr}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        total += value
+        if step % report == 0 or step == steps:
+            if on_log:
+                on_log(step, {"loss": total / (step % report or report)})
+            total = 0.0
+    return net.eval()

@@ -1,0 +1,289 @@
+"""TrajectoryTrainer: its gradient by hand, however a step is split; exact resume; a tiny flow that learns; refusals."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from trajectory_fixtures import ROWS, bright, condition, policy, rollout_of, settings, smooth, trainer, unsure, weights
+from transformers import TrainerCallback
+
+from core.config import ConfigError, Launch
+from core.objective.recipes import RECIPES, build
+from core.train.trajectory import PROVIDES
+
+FLOWS = sorted(name for name, recipe in RECIPES.items() if recipe.needs <= PROVIDES)
+OPTIONS = {"epsilon_low": 0.2, "epsilon_high": 0.2, "gate": "bright", "quality": "smooth", "answers": "smooth", "success": 0.5, "correct": 0.5, "beta": 0.1}
+
+
+def options(name):
+    """A recipe with what it must be told, and a KL where it has one in closed form."""
+    known = RECIPES[name].options
+    more = {key: value for key, value in OPTIONS.items() if key in known}
+    if "beta" in more and "ref_logps" in RECIPES[name](beta=0.1).all_needs:
+        del more["beta"]
+    if str(known.get("reduction", "")).endswith("_local"):
+        more["reduction"] = "token_mean"
+    return {"recipe": name, **more}
+
+
+class Gradients(TrainerCallback):
+    """The gradient of the last update, before the optimizer takes it."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def gradients(recipe, tmp_path, steps=2, double=True, rollout=None, rewards=None, **more):
+    """Of the second update on one generation batch: off-policy, so that ratios, clips and guards count."""
+    seen = Gradients()
+    rollout = rollout or rollout_of(iterations=2)
+    config = settings(steps=steps, lr=0.05, rollout=rollout, **more)
+    made = trainer(recipe, config, tmp_path, policy(double=double, **vars(rollout)), rewards, callbacks=[seen])
+    made.train()
+    return seen.found
+
+
+def largest(one, two):
+    """The largest difference, relative to the largest entry of its tensor; a bias before a norm has gradient 0 but for rounding."""
+    least = 1e-6 * max(float(part.abs().max()) for part in one.values())
+    return max(float((one[k] - two[k]).abs().max() / one[k].abs().max().clamp(min=least)) for k in one)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_split_of_a_step_leaves_its_gradient_alone(name, tmp_path):
+    whole = gradients(options(name), tmp_path)
+    assert max(float(g.abs().max()) for g in whole.values()) > 0
+    size = 4 + RECIPES[name].extra_rollouts
+    micro = size if "whole_groups" in RECIPES[name].needs else 5 if size == 5 else 2
+    for split in ({"micro_steps": 1}, {"micro_steps": 3, "micro": micro}):
+        assert largest(whole, gradients(options(name), tmp_path, **split)) < 1e-6, split
+
+
+def test_the_first_gradient_is_reinforce_by_hand(tmp_path):
+    rollout = rollout_of(window="first", window_size=3)
+    seen = Gradients()
+    config = settings(steps=1, rollout=rollout)
+    made = trainer({"recipe": "grpo", "eps": 0.0}, config, tmp_path, policy(double=True, **vars(rollout)), callbacks=[seen])
+    twin = policy(double=True, **vars(rollout))
+    chosen = made._prompts(0)
+    made.train()
+    rows = [ROWS[i] for i, _ in chosen]
+    acted = twin.rollout([condition(row) for row in rows], 4, [seed for _, seed in chosen])
+    levels = [row["level"] for row in rows for _ in range(4)]
+    reward = torch.tensor(bright(acted.outputs)) + 2 * torch.tensor(smooth(acted.outputs, level=levels))
+    groups = reward.view(2, 4).double()
+    advantage = ((groups - groups.mean(1, keepdim=True)) / groups.std(1, keepdim=True)).flatten()
+    states = acted.state["x"]
+    loss = 0.0
+    for t in range(3):  # the textbook's Gaussian of one step, from the velocity alone
+        s, after = twin.schedule.sigmas[t], twin.schedule.sigmas[t + 1]
+        x, then = states[:, t], states[:, t + 1]
+        given = {"image": acted.state["condition/image"]}
+        v = twin.net.velocity(x, torch.full((8,), s, dtype=torch.float64), given)
+        sd = 0.7 * (s / (1 - (after if s == 1 else s))) ** 0.5
+        score = -(x + (1 - s) * v) / s
+        mean = x + v * (after - s) - 0.5 * sd**2 * score * (after - s)
+        logp = -((then - mean) ** 2).flatten(1).mean(1) / (2 * sd**2 * (s - after))
+        loss = loss - (advantage * logp).sum() / (8 * 3)
+    loss.backward()
+    expected = {f"net.{name}": p.grad for name, p in twin.net.named_parameters()}
+    assert largest(expected, seen.found) < 1e-4  # the trainer's rewards are float32
+
+
+def test_the_first_ratio_is_one_and_later_ones_are_not(tmp_path):
+    made = trainer({"recipe": "grpo"}, settings(steps=4, micro=2, rollout=rollout_of(iterations=2)), tmp_path)
+    made.train()
+    deviations = [line["ratio_deviation_max"] for line in made.state.log_history[:4]]
+    assert max(deviations[0], deviations[2]) < 1e-5 < min(deviations[1], deviations[3])
+
+
+def test_in_bfloat16_the_first_ratio_is_still_exactly_one(tmp_path):
+    acting = policy(half=True)
+    made = trainer({"recipe": "grpo"}, settings(steps=1, micro=2, micro_steps=2), tmp_path, acting)
+    made.train()
+    assert made.state.log_history[0]["ratio_deviation_max"] == 0
+    acted = acting.rollout([condition(ROWS[0])], 4, [7])
+    assert not torch.equal(acted.logps, policy()(acted).logps), "bfloat16 must be on for this to mean anything"
+
+
+def learned(recipe, tmp_path, seed=0, steps=60, control="none", **rollout):
+    """The mean reward of greedy maps before and after."""
+    rollout = rollout_of(prompts_per_step=4, group_size=8, noise_level=0.9, **rollout)
+    config = settings(steps=steps, lr=3e-3, optim="adamw_torch", seed=seed, control=control, rollout=rollout)
+    acting = policy(seed, **vars(rollout))
+    made = trainer({"recipe": recipe}, config, tmp_path, acting, {"bright": bright})
+
+    def score():
+        return float(np.mean(bright(acting.generate([condition(row) for row in ROWS], range(len(ROWS))))))
+
+    before = score()
+    made.train()
+    return score() - before
+
+
+def test_a_tiny_flow_learns(tmp_path):
+    assert learned("grpo", tmp_path, steps=25) > 0.05
+
+
+@pytest.mark.slow
+def test_a_shuffled_control_does_not_learn(tmp_path):
+    assert learned("grpo", tmp_path, control="shuffled_advantages") < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mc_grpo", "ngrpo", "gdpo", "gaussian_rank", "value_anchored", "diffusion_nft"])
+def test_recipes_learn_on_flows(name, tmp_path):
+    assert learned(name, tmp_path) > 0.05
+
+
+# -- going on -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [1, 2, 7])
+def test_a_resumed_run_ends_with_the_same_bits(stop, tmp_path):
+    """Also in the middle of a generation batch, and in a later epoch (twelve rows, four a batch: three batches)."""
+    rollout = rollout_of(steps_per_batch=2, iterations=1, window="active")
+    config = settings(steps=8, lr=0.02, ema=0.9, rollout=rollout, save_strategy="steps", optim="adamw_torch", save_total_limit=9)
+
+    def run(folder, checkpoint=None):
+        made = trainer({"recipe": "grpo"}, config, folder, policy(**vars(rollout)))
+        made.train(resume_from_checkpoint=checkpoint)
+        return made
+
+    whole = run(tmp_path / "whole")
+    again = run(tmp_path / "again", str(tmp_path / "whole" / f"checkpoint-{stop}"))
+    assert whole.policy.active == again.policy.active is not None
+    for one, two in ((weights(whole), weights(again)), (whole.policy._averaged, again.policy._averaged)):
+        assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(weights(whole)[name], value) for name, value in whole.policy._averaged.items())
+
+
+def test_a_checkpoint_is_the_nets_own_and_loads_weights_only(tmp_path):
+    made = trainer({"recipe": "grpo"}, settings(steps=1, save_strategy="steps"), tmp_path)
+    made.train()
+    names = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
+    assert {"config.json", "diffusion_pytorch_model.safetensors", "generation_0.pt", "policy.pt"} <= names
+    fresh = policy(seed=5)
+    fresh.net.restore(tmp_path / "checkpoint-1")
+    trained = weights(made)
+    assert all(torch.equal(value, trained[name]) for name, value in fresh.net.state_dict().items())
+
+
+def test_with_an_adapter_only_it_is_trained_and_the_reference_is_without_it(tmp_path):
+    acting = policy(lora=4)
+    before = {name: p.detach().clone() for name, p in acting.net.named_parameters()}
+    config = settings(steps=3, lr=0.5, rollout=rollout_of(iterations=3), save_strategy="steps")
+    made = trainer({"recipe": "flow_grpo", "beta": 0.1}, config, tmp_path, acting)
+    made.train()
+    moved = {name for name, p in acting.net.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert all("lora_" in name for name in moved)
+    assert not acting._reference, "an adapter needs no copy"
+    assert made.state.log_history[0]["kl"] == 0 < made.state.log_history[2]["kl"]
+    fresh = policy(lora=4)
+    fresh.net.restore(tmp_path / "checkpoint-3")
+    assert all(torch.equal(p, acting.net.get_parameter(name)) for name, p in fresh.net.named_parameters())
+
+
+# -- what is scored -------------------------------------------------------------------------------------------------------
+
+
+def test_what_could_not_be_judged_carries_no_weight(tmp_path):
+    rewards = {"bright": bright, "smooth": smooth, "unsure": unsure}
+    rows = [row for row in ROWS if row["id"] in ("row-3", "row-5")]
+    seen = {}
+    config = settings(steps=1, rollout=rollout_of())
+    made = trainer({"recipe": "grpo"}, config, tmp_path, rewards=rewards, rows=rows, on_rollouts=lambda step, c: seen.update(c))
+    made.train()
+    kept = dict.fromkeys(("row-3", "row-5"), 0)
+    for row, keep in zip(seen["prompt_id"], seen["keep"], strict=True):
+        kept[row] += keep
+    assert kept == {"row-3": 4, "row-5": 2}
+    assert made.state.log_history[0]["unscored"] == 0.25
+    assert sum(advantage != 0 for advantage in seen["advantage"]) == 6
+    assert [output is None for output in seen["output"]] == [False] * 4 + [True] * 4
+
+
+def test_dense_rewards_end_with_the_output_itself(tmp_path):
+    acting = policy(window="first", window_size=3)
+    acted = acting.rollout([condition(ROWS[0])], 4, [7], asks=frozenset({"aligned"}))
+    assert len(acted.estimates) == 3
+    for last, output in zip(acted.estimates[-1], acted.outputs, strict=True):
+        assert np.array_equal(last, output)
+    errors = [np.mean([np.abs(e - o).mean() for e, o in zip(step, acted.outputs, strict=True)]) for step in acted.estimates]
+    assert errors[0] > errors[1] > errors[2] == 0, "a later decision promises the output better"
+
+
+def test_the_active_window_is_measured_once_and_used(tmp_path):
+    rollout = rollout_of(window="active", shortcut=1)
+    made = trainer({"recipe": "grpo"}, settings(steps=2, rollout=rollout), tmp_path, policy(**vars(rollout)))
+    made.train()
+    first, second = made.state.log_history[:2]
+    variances = [first[f"active/variance_{k}"] for k in range(1, 5)]
+    assert made.policy.active == next(k for k, v in enumerate(variances, 1) if v >= 0.9 * max(variances))
+    assert not any(name.startswith("active") for name in second)
+    assert made.policy.window(1) == range(made.policy.active)
+
+
+def test_controls_are_functions_of_seed_and_generation(tmp_path):
+    def ends(control, seed=0):
+        made = trainer({"recipe": "grpo"}, settings(steps=2, seed=seed, control=control), tmp_path)
+        made.train()
+        return weights(made)
+
+    for control in ("shuffled_advantages", "random_rewards"):
+        assert largest(ends(control), ends(control)) == 0
+        assert largest(ends(control), ends("none")) > 0
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_told(tmp_path):
+    told, kept = [], []
+
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1:
+                made.credit["advantage"][0] = torch.nan
+                kept.append(weights(made))
+
+    rollout = rollout_of(iterations=2)
+    made = trainer(
+        {"recipe": "grpo"}, settings(steps=2, rollout=rollout), tmp_path, policy(**vars(rollout)),
+        on_not_finite=lambda step, rows: told.append((step, len(rows))), callbacks=[Break()],
+    )  # fmt: skip
+    made.train()
+    assert told == [(2, 8)]
+    assert made.state.log_history[1]["skipped_updates"] == 1
+    assert largest(kept[0], weights(made)) == 0
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change", "words"),
+    [
+        ({"recipe": "token_hidden_reward"}, {}, "last hidden states"),
+        ({"recipe": "sample_routed"}, {}, "a teacher"),
+        ({"recipe": "group_preference"}, {"micro": 2}, "multiple of rollout.group_size=4"),
+        ({"recipe": "grpo"}, {"launch": Launch(strategy="fsdp")}, "strategy=ddp"),
+        ({"recipe": "grpo"}, {"learning_rat": 1}, "learning_rat"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_words(recipe, change, words, tmp_path):
+    launch = change.pop("launch", Launch())
+    config = replace(settings(**change), launch=launch)
+    with pytest.raises(ConfigError, match=words):
+        trainer(recipe, config, tmp_path)
+
+
+def test_too_few_rows_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="1 training prompts are fewer than the 2"):
+        trainer({"recipe": "grpo"}, settings(), tmp_path, rows=ROWS[:1])
+
+
+def test_the_same_recipe_object_serves_language_and_flow():
+    """Both trainers build the same frozen object; test_parity and the tests above train it on either side."""
+    for name in ("mc_grpo", "ngrpo", "gdpo", "gaussian_rank"):
+        assert build({"recipe": name}) == RECIPES[name]
+        assert RECIPES[name].needs <= PROVIDES

@@ -60,7 +60,7 @@ lint: .venv/.dev  ## ruff: rules and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 results: .venv/.app-$(APP)  ## rerun every number in APP's README into results/APP.json (about an hour)
-	$(BIN)/python -P benchmarks/results.py --app $(APP)
+	$(BIN)/python -P benchmarks/results.py --app $(APP) $(if $(TASK),--task $(TASK))
 
 family: .venv/.dev  ## compare all recipes: results/arena.* and results/mechanisms.* (about an hour; goes on where it stopped)
 	$(BIN)/python -P benchmarks/arena.py

@@ -1,52 +1,52 @@
-"""make results APP=x: every number in an app's README, rerun: seeds, controls and rivals at equal seconds.
+"""make results APP=x [TASK=variant]: every number in an app's README, rerun: seeds, controls and rivals at equal seconds.
 
     runs       the offline command for each seed
-    controls   shuffled advantages (must not learn), random rewards, and the rivals of reinforcement, which start from the
-               same warm start and get the same wall seconds: more imitation of the same demonstrations, imitation of the
-               policy's own samples that the reward accepts, imitation of gold on the prompts of RL (the upper rival), and
-               sampling more without training (best of G by an oracle; the most common of G)
+    controls   shuffled advantages (must not learn), random rewards, and what the same seconds buy without reinforcement
+               (benchmarks/equal_time.py)
 
-Writes results/<app>.json and results/<app>.svg. Finished runs in runs/ are taken as they are, so a stopped call goes on.
+Writes results/<app>[-<task>].json and .svg, and the tables of the app's README. Finished runs in runs/ are taken as they
+are, so a stopped call goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
+import sys
 from pathlib import Path
-
-import numpy as np
 
 from core import app as apps
 from core import config as configs
-from core.policy import language
-from core.run import evaluate as ev
 from core.run.folder import RunFolder
 from core.run.progress import Progress
-from core.run.start import distance, start
 from core.run.summary import git_revision
-from core.run.train import Setup, Split, run_training
-from core.train.warmup import imitate, quiet
+from core.run.train import Setup, run_training
+
+sys.path.insert(0, str(Path(__file__).parent))  # started with -P
+
+import equal_time
 
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parse.add_argument("--app", required=True)
+    parse.add_argument("--task", help="a variant of the app")
     parse.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parse.add_argument(
         "--rival-seeds", type=int, nargs="*", help="seeds of random rewards and rivals (default: the first)"
     )
     options = parse.parse_args()
-    app = apps.find(options.app)
+    app = apps.find(options.app, options.task)
+    if options.task and app.variant != options.task:
+        parse.error(f"{options.app} has no variant {options.task!r}; there are: {', '.join(app.variants) or 'none'}")
     runs: list[dict] = []
     controls: dict[str, list[dict]] = {}
 
     def write() -> None:
-        results = {"runs": runs, "controls": controls, "studies": {}, "command": f"make results APP={app.name}"}
-        RunFolder("results").write_json(f"{app.name}.json", {**results, "git": git_revision()})
-        draw(app.name, results)
-        tell(apps.folder(app.name) / "README.md", results)
+        results = {"runs": runs, "controls": controls, "studies": {}, "command": command(app)}
+        RunFolder("results").write_json(f"{app.label}.json", {**results, "git": git_revision()})
+        draw(app.label, results)
+        tell(app, results)
 
     for seed in options.seeds:
         runs.append(train(app, seed))
@@ -59,107 +59,47 @@ def main() -> None:
         write()
 
 
+def command(app) -> str:
+    return f"make results APP={app.name}" + (f" TASK={app.variant}" if app.variant else "")
+
+
 def load(app, seed: int, **settings):
-    return configs.load(app, apps.folder(app.name) / "tiny.yaml", run__seed=seed, **settings)
+    name = f"{app.variant}-tiny.yaml" if app.variant else "tiny.yaml"
+    return configs.load(app, apps.folder(app.name) / name, run__seed=seed, **settings)
+
+
+def place(app, name: str, seed: int) -> Path:
+    """Of a run, or of the rivals' figures."""
+    return Path("runs") / app.name / f"results-{f'{app.variant}-' if app.variant else ''}{name}-s{seed}"
 
 
 def train(app, seed: int, control: str | None = None) -> dict:
     config = load(app, seed, run__control=control)
-    path = Path("runs") / app.name / f"results-{control or 'grpo'}-s{seed}"
+    path = place(app, control or "grpo", seed)
+    made = command(app).replace("results", "train") + f" SEED={seed}"
     with RunFolder.open(path, config.as_dict()) as folder, Progress(config.optim.steps, path.name) as progress:
-        summary = run_training(Setup(app, config), folder, progress, f"make train APP={app.name} SEED={seed}")
+        summary = run_training(Setup(app, config), folder, progress, made, app.variant or None)
     return {**summary, "name": control or "grpo"}
 
 
 def rivals(app, seed: int, reference: dict) -> dict[str, dict]:
-    """{name: summary} of what the same seconds, or the same samples, buy without reinforcement."""
-    config = load(app, seed)
-    cache = Path("runs") / app.name / f"results-rivals-s{seed}.json"
+    """{name: summary} of what the same seconds, or the same samples, buy without reinforcement; kept in runs/."""
+    cache = place(app, "rivals", seed).with_suffix(".json")
     if cache.exists():
         return json.loads(cache.read_text())
-    found: dict[str, dict] = {}
-    seconds = reference["seconds"]["rl"]
-    with Progress(0, f"rivals, seed {seed}") as progress, quiet():
-        setup = Setup(app, config)
-        data = Split(app, config, progress)
-        headline = setup.headline
-        with ev.Judge(app, config, setup.composite) as judge:
-
-            def measured(name: str, model, before, extra=None) -> None:
-                after = ev.evaluate(model, tokenizer, judge, data.test, config, samples=1)
-                diff, lo, hi = ev.change(app, data.test, before.scores[headline], after.scores[headline])
-                found[name] = {
-                    "name": name, "seed": seed, "before": before.mean(headline), "after": after.mean(headline),
-                    "change": diff, "ci95": [lo, hi], "n": len(data.test),
-                    "sampled_before": float(np.nanmean(before.sampled[headline])),
-                    "sampled_after": float(np.nanmean(after.sampled[headline])),
-                    "update_size": moved(model), **(extra or {}),
-                }  # fmt: skip
-                progress.note(f"{name}: {found[name]['before']:.3f} -> {found[name]['after']:.3f}")
-
-            model, tokenizer, warm = start(app, config, data, judge, progress)
-            moved = distance(model)
-            before = ev.evaluate(model, tokenizer, judge, data.test, config, samples=1)
-            group = config.rollout.group_size
-            more = ev.best_of(model, tokenizer, judge, data.test, config, group, headline)
-            for how, value in more.items():
-                found[f"best of {group}, {how}"] = {
-                    "name": how,
-                    "seed": seed,
-                    "before": before.mean(headline),
-                    "after": value,
-                    "n": len(data.test),
-                }
-            prompts = [row["prompt"] for row in data.train]
-            common = {
-                "batch_size": config.warmup.batch_size,
-                "lr": config.warmup.lr / 4,
-                "seed": seed + 1,
-                "steps": 10**6,
-            }
-            common |= {"output": Path("runs") / "warmup" / "sft", "prompt_loss": False}
-
-            shown = data.train[: config.warmup.rows]
-            labels = app.demonstrations(shown, seed)
-            imitate(model, tokenizer, prompts[: len(shown)], labels, seconds=seconds, **common)
-            measured("more imitation of the same demonstrations", model, before)
-
-            model, _ = language.load(config.model, warm["path"])
-            began = time.monotonic()
-            limit = config.optim.steps * config.rollout.prompts_per_step  # the prompts that RL saw
-            asked = data.train[:limit]
-            kept = []
-            for draw in ev.draws(model, tokenizer, asked, config, 2):
-                scores = judge.rewards.score(draw, asked)
-                right = scores.values[:, judge.rewards.names.index(app.outcome)] >= 1
-                kept += [(row["prompt"], text) for row, text, ok in zip(asked, draw, right, strict=True) if ok]
-            left = max(1.0, seconds - (time.monotonic() - began))
-            imitate(model, tokenizer, [p for p, _ in kept], [c for _, c in kept], seconds=left, **common)
-            measured("imitation of own samples that the reward accepts", model, before, {"kept": len(kept)})
-
-            model, _ = language.load(config.model, warm["path"])
-            imitate(
-                model,
-                tokenizer,
-                [row["prompt"] for row in asked],
-                [app.gold(row) for row in asked],
-                seconds=seconds,
-                **common,
-            )
-            measured("imitation of gold on the prompts of RL", model, before)
+    found = equal_time.rivals(app, load(app, seed), reference["seconds"]["rl"], f"rivals, seed {seed}")
     RunFolder(cache.parent).write_json(cache.name, found)
     return found
 
 
-MARKS = "<!-- results -->", "<!-- /results -->"
-
-
-def tell(readme: Path, results: dict) -> None:
-    """The tables of the app's README, between its two marks."""
-    head, rest = readme.read_text().split(MARKS[0])
-    tail = rest.split(MARKS[1])[1]
+def tell(app, results: dict) -> None:
+    """The tables of the app's README, between the two marks of the app or its variant."""
+    readme, name = apps.folder(app.name) / "README.md", f"results {app.variant}".rstrip()
+    marks = f"<!-- {name} -->", f"<!-- /{name} -->"
+    head, rest = readme.read_text().split(marks[0])
+    tail = rest.split(marks[1])[1]
     metric = results["runs"][0]["metric"]
-    lines = ["", f"### Figures (`{results['command']}`, {results['runs'][0]['n']} held-out rows, {metric}, greedy)", ""]
+    lines = ["", f"### Figures (`{results['command']}`, {results['runs'][0]['n']} held-out rows, {metric})", ""]
     lines += ["| arm | seed | before | after | change, 95 % interval | sampled before, after | update size |"]
     lines += ["|---" * 7 + "|"]
     for arm, summaries in {"GRPO": results["runs"], **results["controls"]}.items():
@@ -188,7 +128,7 @@ def tell(readme: Path, results: dict) -> None:
         lines.append(f"| free: {name} | {' | '.join(values)} |")
     spent = [sum(v for k, v in run["seconds"].items() if k != "warmup_made") for run in results["runs"]]
     lines += ["", f"Seconds in all, of each seed: {', '.join(f'{v:.0f}' for v in spent)}.", ""]
-    RunFolder(readme.parent).write_text(readme.name, head + MARKS[0] + "\n".join(["", *lines]) + MARKS[1] + tail)
+    RunFolder(readme.parent).write_text(readme.name, head + marks[0] + "\n".join(["", *lines]) + marks[1] + tail)
 
 
 def draw(name: str, results: dict) -> None:
@@ -212,7 +152,7 @@ def draw(name: str, results: dict) -> None:
     axes.set_yticks(range(len(arms)), list(arms))
     axes.invert_yaxis()
     axes.set_xlabel(
-        f"change in {results['runs'][0]['metric']} over the warm start, held-out databases (95 % interval; one dot a seed)"
+        f"change in {results['runs'][0]['metric']} over the warm start, held out (95 % interval; one dot a seed)"
     )
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)

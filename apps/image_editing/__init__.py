@@ -1,0 +1,1 @@
+"""Image editing and super-resolution with flow policies; see app.py."""

@@ -41,6 +41,7 @@ from core.config import Config, Optim, Rollout, Run
 from core.objective.recipes import RECIPES
 from core.policy.tiny import build_model, build_tokenizer
 from core.scoring import Scorer
+from core.train.arguments import PROVIDES
 from core.train.language import LanguageTrainer
 
 COMPONENTS = {"gate": "fine", "quality": "fine", "answers": "fine"}
@@ -127,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parse.add_argument("--output", type=Path, default=Path("results"), help="folder of recipe_cost.json")
     options = parse.parse_args(arguments)
     torch.set_num_threads(1)
-    names = [name for name, recipe in RECIPES.items() if "aligned" not in recipe.needs]
+    names = [name for name, recipe in RECIPES.items() if recipe.all_needs <= PROVIDES]
     cases = [cost(name, 6 if options.quick else 24) for name in (names[:2] if options.quick else names)]
     command = "python -P benchmarks/bench_recipes.py" + " --quick" * options.quick
     return write(options.output, "recipe_cost", cases, command)

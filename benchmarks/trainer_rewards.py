@@ -25,3 +25,10 @@ def right_of_batch(completions: list[str]) -> list[float]:
 def fine_of_batch(completions: list[str]) -> list[float]:
     """A second one, in tenths."""
     return [round(spread(completion[::-1]), 1) for completion in completions]
+
+
+@batched
+def left_brighter(completions: list) -> list[float]:
+    """Of pictures (H, W, C): the left half's mean less the right half's; almost never equal for two."""
+    half = completions[0].shape[1] // 2
+    return [float(picture[:, :half].mean() - picture[:, half:].mean()) for picture in completions]

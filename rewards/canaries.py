@@ -6,14 +6,18 @@ of them on its rows; a reward that pays for one of these will be found out by th
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class Canary:
-    """completion(row) -> text. component: name of the reward it tries; its value must lie in [at_least, at_most]."""
+    """completion(row) -> what a policy might give: text, or an array.
+
+    component: name of the reward it tries; its value must lie in [at_least, at_most].
+    """
 
     name: str
-    completion: Callable[[Mapping], str]
+    completion: Callable[[Mapping], Any]
     component: str
     at_least: float = 0.0
     at_most: float = 0.0

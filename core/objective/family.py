@@ -277,12 +277,12 @@ def _sets(recipe: Recipe) -> list[str]:
 
 
 def _asked(recipe: Recipe) -> list[str]:
-    return [*sorted(recipe.needs), *(f"reward:{name}" for name in _components(recipe).values())]
+    return [*sorted(recipe.all_needs), *(f"reward:{name}" for name in _components(recipe).values())]
 
 
 def _needs(recipe: Recipe) -> str:
     named = [f"a reward component `{name}` (or what `{option}` names)" for option, name in _components(recipe).items()]
-    return "; ".join([*(words for need, words in NEEDS.items() if need in recipe.needs), *named])
+    return "; ".join([*(words for need, words in NEEDS.items() if need in recipe.all_needs), *named])
 
 
 def _equation(recipe: Recipe) -> str:

@@ -11,11 +11,42 @@ from core.objective.rows import Counts, Rows
 # One recipe for each loss there is, by name: those that differ in credit alone need no second look.
 LOSSES = {}
 for recipe in RECIPES.values():
-    LOSSES.setdefault(tuple(getattr(recipe, slot) for slot in LOSS_SLOTS), recipe)
+    LOSSES.setdefault(tuple(getattr(recipe, slot) for slot in (*LOSS_SLOTS, "loss_fn")), recipe)
 LOSSES = {recipe.name: recipe for recipe in LOSSES.values()}
 NAMES = ("execution", "quality", "safety", "answer")
 WEIGHTS = (1.0, 0.5, 0.3, 0.0)
 VOCABULARY, WIDTH = 7, 3
+
+
+def fitted(recipe, **options):
+    """The recipe with those of the options that it has; a preference's beta is not the weight of a term."""
+    has = set(recipe.options) - ({"beta"} if recipe.loss_fn else set())
+    return recipe(**{name: value for name, value in options.items() if name in has})
+
+
+def flow_extras(moved, seed=5):
+    """What a flow policy gives beside log-probabilities, with the gradient of how far these have moved, (B, T); D = 2."""
+    rows, steps = moved.shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return values.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
+
+    clean, sigma, old = random(rows, 2), random(rows, steps).sigmoid(), 0.1 * random(rows, steps, 2)
+    noised = clean.unsqueeze(1) + sigma.unsqueeze(2) * 0.2 * random(rows, steps, 2)
+    return {
+        "divergence": moved**2 / 2,
+        "drift": 0.1 * moved**2,
+        "std": 0.5 + random(rows, steps).sigmoid(),
+        "dt": 0.05 + random(rows, steps).sigmoid(),
+        "velocity": old + 0.01 * moved.unsqueeze(2),
+        "old_velocity": old,
+        "ref_velocity": old + 0.02 * random(rows, steps, 2),
+        "clean": clean,
+        "noised": noised,
+        "sigma": sigma,
+    }
 
 
 class Policy:
@@ -122,8 +153,15 @@ def rows_of(given, credit, logps, **fields):
         tokens=(given.mask * keep.unsqueeze(1)).sum().item(),
         max_length=given.mask.shape[1],
     )
-    extras = dict(credit.extras)
+    extras = dict(credit.extras) | flow_extras(logps - given.old_logps)
     if "distillation_weight" in extras:
         extras["distillation"] = (logps - given.old_logps + 1) ** 2  # any distance that depends on the policy
-    fields = {"mask": given.mask, "keep": keep, "counts": counts, "old_logps": given.old_logps} | fields
+    group_id = torch.arange(len(keep)) // given.rewards.shape[1]
+    fields = {
+        "mask": given.mask,
+        "keep": keep,
+        "counts": counts,
+        "old_logps": given.old_logps,
+        "group_id": group_id,
+    } | fields
     return Rows(logps=logps, advantage=credit.advantage, extras=extras, **fields)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from core.objective.advantage import group_advantages
-from core.objective.aggregation import decoupled_sum, favour_unlikely, gated_mean, weighted_sum
+from core.objective.aggregation import decoupled_sum, favour_unlikely, gated_mean, group_range_sum, weighted_sum
 from core.objective.group import Group
 from core.objective.recipes import gdpo, grpo, safety_gated, unlikeliness
 
@@ -38,7 +38,7 @@ def of(function, given, **options):
     return function(given.rewards, given, **options)
 
 
-@pytest.mark.parametrize("function", [weighted_sum, decoupled_sum, gated_mean])
+@pytest.mark.parametrize("function", [weighted_sum, decoupled_sum, gated_mean, group_range_sum])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_decisions_are_aggregated_one_by_one(function, dtype):
     rewards = random_rewards(2, 5, 4, 3).to(dtype)
@@ -91,6 +91,25 @@ def test_decoupled_components_lose_their_own_shift_and_scale():
     rewards = random_rewards(2, 5, 3)
     moved = rewards * doubles([1.0, 1e6, 0.01]) + doubles([0.0, 1e6, -4.0])
     close(of(decoupled_sum, group(moved), eps=0.0), of(decoupled_sum, group(rewards), eps=0.0), 1e-9)
+
+
+def test_range_within_the_group_by_hand():
+    """Decibels beside a share; a component that all agree on; one that does not apply everywhere, and one that nowhere does."""
+    rewards = [[[30.0, 0.2, 0.7, 5.0, NAN], [20.0, 0.6, 0.7, NAN, NAN], [24.0, 0.3, 0.7, 3.0, NAN], [NAN] * 5]]
+    weights = [1.0, 0.5, 2.0, 4.0, 8.0]
+    half, expected = 1.0, [[1.0 + 0.0 + 4.0, 0.0 + 0.5, 0.4 + 0.125 + 0.0, NAN]]
+    close(of(group_range_sum, group(rewards, weights)), half + doubles(expected))
+
+
+def test_range_sum_forgets_each_component_s_shift_and_scale_and_no_other_group():
+    rewards = random_rewards(3, 5, 2)
+    plain = of(group_range_sum, group(rewards, [1.0, 2.0]))
+    close(of(group_range_sum, group(rewards * doubles([60.0, 1e-3]) + doubles([-5.0, 2.0]), [1.0, 2.0])), plain)
+    close(of(group_range_sum, group(rewards[1:2], [1.0, 2.0])), plain[1:2])
+    assert ((plain > 0) & (plain <= 3)).any(dim=1).all()
+    for k in range(2):
+        ranged = of(group_range_sum, group(rewards, [1.0 - k, 0.0 + k]))
+        assert (ranged.amin(1).tolist(), ranged.amax(1).tolist()) == ([0] * 3, [1] * 3)
 
 
 def test_component_without_spread_adds_exactly_nothing():

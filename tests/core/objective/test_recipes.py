@@ -250,7 +250,7 @@ def test_penalty_per_row_or_per_decision_goes_where_it_belongs():
 def test_flow_recipes_are_plain_grpo_with_other_options(name, options):
     recipe, plain = RECIPES[name], grpo(epsilon_low=1e-4, **options)
     given = group_for(recipe, aligned="rollout", prompts=5, size=40)
-    given.rewards[0], given.rewards[0, 0] = 0.0, 1.0
+    given.rewards[0], given.rewards[0, 0] = 0.0, 10.0
     credit, expected = recipe.credit(given), plain.credit(given)
     assert torch.equal(credit.advantage, expected.advantage)
     assert (credit.advantage == 5.0).sum() == 1  # the limit is felt

@@ -313,8 +313,8 @@ def test_extras_are_quiet_where_no_loss_is_carried():
 
 def test_rows_that_do_not_fit_are_refused():
     fields = update()
-    wrong = {"advantage": (3,), "keep": (10, 5), "ref_logps": (10, 4), "lengths": (10, 5)}
-    for name, wrong in ((name, torch.ones(shape)) for name, shape in wrong.items()):
+    shapes = {"advantage": (3,), "keep": (10, 5), "ref_logps": (10, 4), "lengths": (10, 5)}
+    for name, wrong in ((name, torch.ones(shape)) for name, shape in shapes.items()):
         with pytest.raises(ValueError, match=f"{name} has shape"):
             Rows(**(fields | {name: wrong}))
 

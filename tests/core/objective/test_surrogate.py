@@ -187,7 +187,7 @@ def test_drift_has_a_gradient():
 
 
 def test_normalised_ratio_is_clipped_like_any_other():
-    mean, given = gaussian_rows([0.2], [[0.5], [0.5], [-0.5], [-0.5]], [0.5], [0.1], [1.0, -1.0, 1.0, -1.0])
+    _, given = gaussian_rows([0.2], [[0.5], [0.5], [-0.5], [-0.5]], [0.5], [0.1], [1.0, -1.0, 1.0, -1.0])
     loss, metrics = clipped_normalised_ratio(given, epsilon_low=0.01, epsilon_high=0.02)
     up, down = math.exp(0.1), math.exp(-0.1)
     torch.testing.assert_close(loss.flatten(), 10 * doubles([-1.02, up, -down, 0.99]))

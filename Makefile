@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := $(if $(filter-out tiny,$(CONFIG)),0,1)
 export OMP_NUM_THREADS ?= 1
 
-EXTRAS = $(shell sed -n 's/^ *extras=(\(.*\)),$$/\1/p' apps/$(APP)/app.py 2>/dev/null | tr -d '" ' | sed 's/,$$//')
+EXTRAS = $(shell sed -n 's/^ *extras=(\(.*\)),$$/\1/p' apps/$(APP)/app.py 2>/dev/null | tr ',' '\n' | tr -d '" ' | grep . | sort -u | paste -sd, -)
 OPTIONS = --app $(APP) $(if $(CONFIG),--config $(CONFIG)) $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
           $(if $(TASK),--task $(TASK)) $(if $(SEED),--seed $(SEED)) $(if $(RUN),--run "$(RUN)") $(if $(SET),--set '$(SET)')
 RUN_CORE = $(BIN)/python -P -m core.main
@@ -29,7 +29,7 @@ train: .venv/.app-$(APP)  ## train APP, or go on with the run; prints a before/a
 eval: .venv/.app-$(APP)  ## score a run's model (RUN=) or any MODEL on held-out rows (SPLIT=), without training
 	$(RUN_CORE) eval $(OPTIONS) $(if $(SPLIT),--split $(SPLIT))
 
-predict: .venv/.app-$(APP)  ## answer the JSON lines of INPUT= with a run's model, into OUTPUT=
+predict: .venv/.app-$(APP)  ## answer INPUT= with a run's model, into OUTPUT=: files of JSON lines, or folders of pictures
 	$(RUN_CORE) predict $(OPTIONS) --input "$(INPUT)" --output "$(OUTPUT)"
 
 report: .venv/.app-$(APP)  ## write a finished run's report.html again

@@ -47,7 +47,7 @@ import arena_task as task
 from arena_report import CONTROL, GROUP, REFERENCE, draw, show, summarise
 
 from core import config as configs
-from core.config import Batch, Config, ConfigError, Model, Optim, Rollout
+from core.config import Batch, Config, ConfigError, LanguageRollout, Model, Optim
 from core.objective.composition import Recipe
 from core.objective.recipes import RECIPES
 from core.policy import language
@@ -248,7 +248,7 @@ def train(run: Run, settings: Settings, work: Path) -> dict[str, Any]:
 
     config = Config(
         task=None,
-        rollout=Rollout(
+        rollout=LanguageRollout(
             prompts_per_step=settings.rollouts // run.group,
             group_size=run.group,
             steps_per_batch=settings.steps_per_batch,

@@ -37,7 +37,7 @@ from side_by_side import case, median, write
 from trainer_rewards import fine_of_batch, right_of_batch
 
 from core import config as configs
-from core.config import Config, Optim, Rollout, Run
+from core.config import Config, LanguageRollout, Optim, Run
 from core.objective.recipes import RECIPES
 from core.policy.tiny import build_model, build_tokenizer
 from core.scoring import Scorer
@@ -140,7 +140,7 @@ def cost(name: str, steps: int) -> dict[str, Any]:
     recipe = recipe(**{option: part for option, part in COMPONENTS.items() if option in recipe.options})
     config = Config(
         task=None,
-        rollout=Rollout(prompts_per_step=8, group_size=8, max_completion_length=48, iterations=2),
+        rollout=LanguageRollout(prompts_per_step=8, group_size=8, max_completion_length=48, iterations=2),
         optim=Optim(steps=steps, lr=1e-4),
         run=Run(seed=0),
         trainer={"gradient_checkpointing": False, "save_strategy": "no"},

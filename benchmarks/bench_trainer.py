@@ -47,7 +47,7 @@ from side_by_side import Disagreement, case, measure, median, write
 from trainer_rewards import spread, spread_of_batch
 
 from core import config as configs
-from core.config import Config, Optim, Rollout, Run
+from core.config import Config, LanguageRollout, Optim, Run
 from core.objective.recipes import RECIPES
 from core.policy.tiny import build_model, build_tokenizer
 from core.scoring import Scorer
@@ -252,7 +252,9 @@ def ours(size: Size, steps: int, folder: Path, scorer: Scorer) -> LanguageTraine
     model, tokenizer = policy(size)
     config = Config(
         task=None,
-        rollout=Rollout(prompts_per_step=size.prompts, group_size=size.group, max_completion_length=size.tokens),
+        rollout=LanguageRollout(
+            prompts_per_step=size.prompts, group_size=size.group, max_completion_length=size.tokens
+        ),
         optim=Optim(steps=steps, lr=1e-3),
         run=Run(seed=SEED),
         trainer={"gradient_checkpointing": False, "save_strategy": "no"},

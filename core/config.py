@@ -62,7 +62,7 @@ class Warmup:
 
 
 @dataclass(frozen=True)
-class GroupRollout:
+class Rollout:
     """What is sampled at once, for any kind of policy."""
 
     prompts_per_step: int = 8
@@ -72,7 +72,7 @@ class GroupRollout:
 
 
 @dataclass(frozen=True)
-class LanguageRollout(GroupRollout):
+class LanguageRollout(Rollout):
     max_prompt_length: int = 512
     max_completion_length: int = 256
     temperature: float = 1.0
@@ -80,11 +80,8 @@ class LanguageRollout(GroupRollout):
     top_k: int = 0
 
 
-Rollout = LanguageRollout
-
-
 @dataclass(frozen=True)
-class FlowRollout(GroupRollout):
+class FlowRollout(Rollout):
     steps: int = 10  # denoising steps of a rollout
     eval_steps: int = 40  # of an evaluation, without noise
     shift: float = 1.0  # of the schedule; above 1 stays longer near noise
@@ -102,7 +99,7 @@ class FlowRollout(GroupRollout):
     divergence: Literal["exact", "code"] = "exact"  # unit of the closed-form KL, see core/policy/kernel.py
 
 
-ROLLOUTS: dict[type, type[GroupRollout]] = {Language: LanguageRollout, Flow: FlowRollout}  # by what an app's `acts` is
+ROLLOUTS: dict[type, type[Rollout]] = {Language: LanguageRollout, Flow: FlowRollout}  # by what an app's `acts` is
 
 
 @dataclass(frozen=True)
@@ -163,7 +160,7 @@ class Config:
     model: Model = Model()
     data: Data = Data()
     warmup: Warmup = Warmup()
-    rollout: GroupRollout = LanguageRollout()
+    rollout: Rollout = LanguageRollout()
     rewards: Rewards = Rewards()
     objective: dict[str, Any] = field(default_factory=lambda: {"recipe": "grpo"})
     optim: Optim = Optim()
@@ -348,7 +345,7 @@ def _check(config: Config) -> None:
         "warmup.rows": 1, "warmup.steps": 0, "warmup.batch_size": 1,
         "rollout.prompts_per_step": 1, "rollout.group_size": 2, "rollout.max_prompt_length": 1,
         "rollout.max_completion_length": 1, "rollout.top_k": 0, "rollout.steps_per_batch": 1, "rollout.iterations": 1,
-        "rollout.steps": 2, "rollout.eval_steps": 1, "rollout.window_size": 0, "rollout.window_every": 1,
+        "rollout.steps": 1, "rollout.eval_steps": 1, "rollout.window_size": 0, "rollout.window_every": 1,
         "rollout.shortcut": 0, "rollout.guidance": 0,
         "rewards.workers": 1, "rewards.memory_mb": 1, "rewards.max_concurrent": 1, "rewards.cache_mb": 0,
         "optim.steps": 0, "optim.warmup_steps": 0, "optim.micro_steps": 1, "optim.ema": 0,

@@ -98,8 +98,10 @@ def parser() -> argparse.ArgumentParser:
         if name == "eval":
             command.add_argument("--split", help="split to evaluate (default: the config's test split)")
         if name == "predict":
-            command.add_argument("--input", required=True, help="a JSON-lines file of questions")
-            command.add_argument("--output", required=True, help="where to write the answers")
+            command.add_argument(
+                "--input", required=True, help="a JSON-lines file of questions, or a folder of pictures"
+            )
+            command.add_argument("--output", required=True, help="where to write the answers: a file, or a folder")
     return parse
 
 
@@ -134,20 +136,20 @@ def resolved(options: argparse.Namespace, of_run: bool = False) -> tuple[apps.Ap
     of_run: where a run is asked about (and no other MODEL), it is the config that the run was made with, so that lengths,
     prompts and rows are the run's own.
     """
-    app = apps.find(options.app)
+    app = apps.find(options.app, options.task)
 
     def load(path: Path) -> Config:
         return configs.load(
             app,
             path,
             words(options.set),
-            options.task,
+            None if app.variant else options.task,
             data__folder=options.data,
             model__path=options.model,
             run__seed=options.seed,
         )
 
-    config = load(apps.folder(app.name) / f"{options.config}.yaml")
+    config = load(apps.folder(app.name) / f"{app.variant + '-' if app.variant else ''}{options.config}.yaml")
     kept = run_path(options, app, config) / "config.yaml"
     return app, load(kept) if of_run and not options.model and kept.exists() else config
 
@@ -278,7 +280,8 @@ def list_apps(options: argparse.Namespace) -> int:
     for name in apps.names():
         try:
             app = apps.find(name)
-            print(f"{name:22} rewards: {', '.join(app.rewards)}; metric: {next(iter(app.metrics))}")
+            tasks = f"; TASK={' or '.join([*app.tasks, *app.variants])}" if app.tasks or app.variants else ""
+            print(f"{name:22} rewards: {', '.join(app.rewards)}; metric: {next(iter(app.metrics))}{tasks}")
         except AppError as error:
             print(f"{name:22} {error}")
     return 0

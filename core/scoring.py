@@ -263,7 +263,8 @@ def _in_process(reward: Reward, completions: Sequence[Any], rows: Sequence[Mappi
     each = [reward.columns(row) for row in rows]
     start = time.perf_counter()
     try:
-        results = reward.function(list(completions), **{name: [columns[name] for columns in each] for name in each[0]})
+        names = dict.fromkeys(name for columns in each for name in columns)  # a row may lack an optional one
+        results = reward.function(list(completions), **{name: [row.get(name) for row in each] for name in names})
         answer = worker.success(results, len(completions))
     except (Exception, SystemExit) as error:
         answer = worker.failure(error)

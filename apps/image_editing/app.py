@@ -5,7 +5,7 @@
 
 Editing follows Talk2Move (arXiv 2601.02356): Flow-GRPO with a reward from the boxes of the named object. The released
 reward pays for the direction alone; ours multiplies place, size, turn, a cleared source, a single object and a kept
-background (rewards/image/edit.py). IoU with the true target is the metric and in no reward. Super-resolution follows
+background (rewards/image/editing.py). IoU with the true target is the metric and in no reward. Super-resolution follows
 GDPO-SR (arXiv 2603.16769): a one-step model, rewarded for texture where a picture has some and for fidelity elsewhere.
 """
 
@@ -31,6 +31,13 @@ class EditOptions:
 
     detector: str = "palette"  # what finds the object: its colour among the scene's, or the folder of a detector
     mistakes: float = 0.5  # share of demonstrations that show another edit of the same scene
+
+
+@dataclass(frozen=True)
+class SuperResolutionOptions:
+    """The `task:` section of TASK=super_resolution."""
+
+    tile: int = 8  # pixels of the tiles that are judged smooth or detailed; 60 in the paper, for pictures of 512
 
 
 def source(row: Row) -> np.ndarray:
@@ -71,10 +78,9 @@ SUPER_RESOLUTION = App(
     acts=Flow(
         prompt=lambda row: f"{row['scale']} times as many pixels a side",
         condition=lambda row: {"image": source(row)},
-        build=lambda model: TinyFlow(
-            text=False, scale=SCALE, centre_scale=0.3, width=model.width, levels=model.layers
-        ),
+        build=lambda model: TinyFlow(text=False, scale=SCALE, centre_scale=0.3, width=model.width, levels=model.layers),
     ),
+    options=SuperResolutionOptions,
     load=super_resolution.load,
     write_offline=lambda folder, seed: scenes.write_super_resolution(folder, seed, scales=(SCALE,)),
     demonstrations=lambda rows, seed: [target(row) for row in rows],
@@ -87,6 +93,10 @@ SUPER_RESOLUTION = App(
     outcome="attribute_preference",
     metrics={"texture": rewards.texture, "psnr_y": rewards.psnr_y, "ssim": rewards.ssim},
     best={"attribute_preference": 0.5, "psnr_y": 60.0},  # a group of one has no better and no worse
+    canaries=(
+        *rewards.super_resolution_canaries("fidelity", 0.3),
+        *rewards.super_resolution_canaries("texture", 0.9),  # noise where the true picture is speckle itself
+    ),
     baselines={"bicubic": bicubic},
     cluster="scene",
     given=source,

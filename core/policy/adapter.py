@@ -45,4 +45,6 @@ def restore(model: ModelMixin, folder: Path) -> None:
     missing = [name for name in found.missing_keys if "lora_" in name]
     if found.unexpected_keys or missing:
         name = (found.unexpected_keys or missing)[0]
-        raise ConfigError(f"{folder} holds another adapter than this net's ({name} does not fit); check model.lora_targets")
+        raise ConfigError(
+            f"{folder} holds another adapter than this net's ({name} does not fit); check model.lora_targets"
+        )

@@ -5,7 +5,10 @@ Every condition brings a map of the same shape as x: the source image, or the lo
 target equals its map, so the net is preconditioned around it, as Karras et al. 2022 (arXiv 2206.00364) do around zero;
 derived: with target = map + d, d of standard deviation `spread`, and x1 = start + s n, the best linear guess of
 v = x1 - x0 from x is known for every sigma; the U-Net predicts what the guess leaves over, in units of its standard
-deviation. At the start its last layer is 0: the net then is that guess, which draws the map itself with noise of `spread`.
+deviation.
+
+With text the map is first edited by `Carry`: some of it is cut out, moved, and laid down elsewhere. What a large pretrained
+editor brings along is built in here: a convolution alone needs hours on two cores to learn to copy over a distance.
 
 The text is words and numbers hashed into buckets (crc32; no tokenizer file), read in their order by a transformer. It
 and sigma scale and shift the features of each block, and the coarsest level attends to the words. The coarsest level sees
@@ -19,6 +22,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +47,7 @@ class TinyFlow(ModelMixin, ConfigMixin, PeftAdapterMixin):
     text: the condition has an instruction.
     scale: x is `scale` times higher and wider than the image of the condition (super-resolution; bicubic).
     centre_scale: 0: the path starts at N(0, I); else at N(map, centre_scale^2 I) (restoration, also in one step).
-    spread: standard deviation of target - map, per value in [-1, 1].
+    spread: standard deviation of target - map, per value in [-1, 1]. doubt: with text, of target - edited map.
     width: channels of the finest level; each coarser level has twice as many, up to four times.
     levels: how often the map is halved, after a first 2x2 patch; height and width must divide by 2^(levels + 1).
     words: how many words of the text are read. buckets: hash buckets; a collision makes two words one.
@@ -57,6 +61,7 @@ class TinyFlow(ModelMixin, ConfigMixin, PeftAdapterMixin):
         scale: int = 1,
         centre_scale: float = 0.0,
         spread: float = 0.3,
+        doubt: float = 0.15,
         width: int = 32,
         levels: int = 2,
         words: int = 24,
@@ -69,8 +74,7 @@ class TinyFlow(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.reader = Reader(words, buckets, widths[-1], self.embedding) if text else None
         self.enter = nn.Conv2d(4 * 2 * channels + 2, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        self.carry = Carry(widths[0], self.embedding)
-        for fine, coarse in zip(widths, widths[1:], strict=False):
+        for fine, coarse in pairwise(widths):
             self.down.append(
                 nn.ModuleList([Block(fine, fine, self.embedding), nn.Conv2d(fine, coarse, 3, stride=2, padding=1)])
             )
@@ -78,21 +82,32 @@ class TinyFlow(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.middle = nn.ModuleList([Block(widths[-1], widths[-1], self.embedding) for _ in range(2)])
         self.look = Attention(widths[-1])
         self.read = Attention(widths[-1]) if text else None
-        self.leave = nn.Sequential(_norm(width), nn.SiLU(), nn.Conv2d(width, 4 * channels, 3, padding=1))
+        self.carry = Carry(self.embedding + 2 * widths[-1], self.embedding) if text else None
+        painted = channels * (2 if text else 1) + (
+            1 if text else 0
+        )  # what is left over; and with text a cut and its fill
+        self.leave = nn.Sequential(_norm(width), nn.SiLU(), nn.Conv2d(width, 4 * painted, 3, padding=1))
         nn.init.zeros_(self.leave[-1].weight)
         nn.init.zeros_(self.leave[-1].bias)
 
     def forward(self, x: Tensor, sigma: Tensor, image: Tensor, words: Tensor | None = None) -> Tensor:
         """The velocity. x, image (B, C, H, W); sigma (B,) in [0, 1]; words (B, L) buckets, 0 = none. Returns (B, C, H, W)."""
-        q, s = self.config.spread**2, self.config.centre_scale or 1.0
+        scale, start = (self.config.centre_scale, image) if self.config.centre_scale else (1.0, 0.0)
         sigma = sigma.to(x).view(-1, 1, 1, 1)
-        away = x - image if self.config.centre_scale else x - (1 - sigma) * image
-        power = (1 - sigma) ** 2 * q + (sigma * s) ** 2
-        guess = (sigma * s**2 - (1 - sigma) * q) / power * away - (0 if self.config.centre_scale else image)
-        rest = self._unet(away * power.rsqrt(), sigma.flatten(), image, words)
-        return guess + (q * s**2 / power).sqrt() * rest
+        away = x - (1 - sigma) * image - sigma * start
+        power = (1 - sigma) ** 2 * self.config.spread**2 + (sigma * scale) ** 2
+        painted, plan = self._unet(away * power.rsqrt(), sigma.flatten(), image, words)
+        known, variance, channels = image, self.config.spread**2, self.config.channels
+        if self.carry is not None:
+            known = self.carry(image, painted[:, -1:], painted[:, channels:-1], plan)
+            variance = self.config.doubt**2
+            away = x - (1 - sigma) * known - sigma * start
+            power = (1 - sigma) ** 2 * variance + (sigma * scale) ** 2
+        guess = (sigma * scale**2 - (1 - sigma) * variance) / power * away + start - known
+        return guess + (variance * scale**2 / power).sqrt() * painted[:, :channels]
 
-    def _unet(self, x: Tensor, sigma: Tensor, image: Tensor, words: Tensor | None) -> Tensor:
+    def _unet(self, x: Tensor, sigma: Tensor, image: Tensor, words: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What is painted, (B, channels, H, W), and what is known of the whole map, (B, width)."""
         angles = sigma[:, None] * torch.linspace(0, 4, 16, device=x.device, dtype=x.dtype).exp()
         mood = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
         said, mask = (None, None) if self.reader is None else self.reader(words)
@@ -105,19 +120,17 @@ class TinyFlow(ModelMixin, ConfigMixin, PeftAdapterMixin):
         h = self.enter(torch.cat([h, grid], dim=1))
         skips = []
         for block, halve in self.down:
-            h = block(h, mood)
-            if not skips:
-                h = self.carry(h, mood)
-            skips.append(h)
+            skips.append(block(h, mood))
             h = halve(skips[-1])
         h = self.middle[0](h, mood)
         if said is not None:
             h = self.read(h, said, mask)
         h = self.middle[1](self.look(h), mood)
+        whole = torch.cat([mood, h.mean((2, 3)), h.amax((2, 3))], dim=1)
         for reduce, block in self.up:
             h = torch.cat([functional.interpolate(reduce(h), scale_factor=2.0), skips.pop()], dim=1)
             h = block(h, mood)
-        return functional.pixel_shuffle(self.leave(h), 2)
+        return functional.pixel_shuffle(self.leave(h), 2), whole
 
     # The doors of a flow net.
 
@@ -225,7 +238,9 @@ class Reader(nn.Module):
         self.word = nn.Embedding(buckets + 1, width)
         self.place = nn.Parameter(torch.randn(words, width) * 0.5)
         self.mix = Attention(width)
-        self.think = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+        self.think = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width)
+        )
         self.out = nn.Linear(2 * width, embedding)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
@@ -269,28 +284,59 @@ class Block(nn.Module):
 
 
 class Carry(nn.Module):
-    """Residual shift of features over the map: each channel is convolved with a row and a column kernel that the embedding
-    predicts (dynamic filters, Jia et al. 2016, arXiv 1605.09673; separable and softmax-normalised, as in arXiv 1605.07157).
+    """Cuts a part out of a map, turns or scales it, shifts it, and lays it down; the hole is filled.
+
+    The shift is a row and a column kernel predicted for each map (dynamic filters, arXiv 1605.09673; separable and
+    softmax-normalised, as in arXiv 1605.07157), the turn a mixture of learned 2x2 matrices about the part's centre (as a
+    spatial transformer, arXiv 1506.02025, samples): linear in the weights, so that every shift and turn has a gradient.
     """
 
-    def __init__(self, width: int, embedding: int, channels: int = 32, reach: int = 15):
+    TURNS = ((1.0, 0), (0.6, 0), (0.8, 0), (1.25, 0), (1.6, 0), (1.0, -90), (1.0, -45), (1.0, 45), (1.0, 90))
+    SHARPNESS = 4.0  # of the softmaxes: plans become decided within hundreds of steps
+
+    def __init__(self, known: int, width: int, reach: int = 8):
+        """known: features of the whole map that decide. reach: the longest shift, in pixels."""
         super().__init__()
-        self.channels, self.reach = channels, reach
-        self.take = nn.Conv2d(width, channels, 1)
-        self.kernels = nn.Linear(embedding, 2 * channels * (2 * reach + 1))
-        self.put = nn.Conv2d(channels, width, 1)
+        self.reach = reach
+        turns = [(size, math.radians(angle)) for size, angle in self.TURNS]
+        self.turns = nn.Parameter(
+            torch.tensor([[[s * math.cos(a), -s * math.sin(a)], [s * math.sin(a), s * math.cos(a)]] for s, a in turns])
+        )
+        self.sizes = [2 * reach + 1, 2 * reach + 1, len(turns)]
+        self.plan = nn.Sequential(nn.Linear(known, width), nn.SiLU(), nn.Linear(width, sum(self.sizes)))
+        nn.init.normal_(self.plan[-1].weight, std=0.01)
+        nn.init.zeros_(self.plan[-1].bias)
 
-    def forward(self, x: Tensor, mood: Tensor) -> Tensor:
-        kernels = self.kernels(mood).view(len(x), 2, self.channels, -1).softmax(-1)
-        down, along = (self._band(kernels[:, i], n) for i, n in enumerate(x.shape[2:]))
-        return x + self.put(down @ self.take(x) @ along.mT)
+    def forward(self, image: Tensor, cut: Tensor, fill: Tensor, known: Tensor) -> Tensor:
+        """image, fill (B, C, H, W); cut (B, 1, H, W) logits, about a fifth where 0; known (B, width). Returns the edited map."""
+        cut = (2 * cut - 1.5).sigmoid()
+        plan = (self.SHARPNESS * self.plan(known)).split(self.sizes, dim=1)
+        along, down, turn = (part.softmax(dim=1) for part in plan)
+        part = self._turned(torch.cat([cut * image, cut], dim=1), cut, turn)
+        part = self._shift(self._shift(part, along, 3), down, 2)
+        over = part[:, -1:].clamp(0, 1)
+        return (1 - over) * ((1 - cut) * image + cut * fill) + part[:, :-1]
 
-    def _band(self, kernel: Tensor, size: int) -> Tensor:
-        """(B, C, 2 reach + 1) -> (B, C, size, size): row i holds the weight of what lies at j, kernel[i - j + reach]."""
-        places = torch.arange(size, device=kernel.device)
-        offset = places[:, None] - places + self.reach
-        inside = (offset >= 0) & (offset <= 2 * self.reach)
-        return kernel[..., offset.clamp(0, 2 * self.reach)] * inside
+    def _turned(self, part: Tensor, cut: Tensor, weights: Tensor) -> Tensor:
+        """The mixture of all turns of the part about the cut's centre; the first one is none."""
+        rows, columns = (torch.linspace(-1, 1, n, device=part.device, dtype=part.dtype) for n in part.shape[2:])
+        places = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)  # (H, W, 2), x before y
+        mass = cut.sum((1, 2, 3)) + 1e-4
+        centre = torch.einsum("bhw,hwi->bi", cut[:, 0], places) / mass[:, None]
+        back = torch.linalg.inv(self.turns[1:].float()).to(part)
+        grid = torch.einsum("kij,bhwj->kbhwi", back, places - centre[:, None, None]) + centre[:, None, None]
+        many = part.repeat(len(back), 1, 1, 1)
+        moved = functional.grid_sample(many, grid.flatten(0, 1), align_corners=True).unflatten(0, (len(back), -1))
+        return weights[:, 0, None, None, None] * part + torch.einsum("bk,kbchw->bchw", weights[:, 1:], moved)
+
+    def _shift(self, part: Tensor, weights: Tensor, axis: int) -> Tensor:
+        """Each map moved by the mixture of -reach ... reach pixels along an axis; what leaves the map is gone."""
+        rows, channels = part.shape[:2]
+        kernel = weights.flip(1).repeat_interleave(channels, dim=0)
+        kernel = kernel[:, None, None, :] if axis == 3 else kernel[:, None, :, None]
+        padding = (0, self.reach) if axis == 3 else (self.reach, 0)
+        moved = functional.conv2d(part.flatten(0, 1)[None], kernel, padding=padding, groups=rows * channels)
+        return moved[0].unflatten(0, (rows, channels))
 
 
 class Attention(nn.Module):

@@ -1,4 +1,4 @@
-"""Evaluation of a language policy on held-out rows: the benchmark's own scorers on greedy and on sampled completions.
+"""Evaluation of a policy on held-out rows: the benchmark's own scorers on its one answer a row, and on sampled ones.
 
 The metrics run in the same workers as the rewards. The headline metric is another function than the outcome (other
 metrics may be the rewards): a reward that is wrong does not grade itself. A row that could not be judged is NaN, is
@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from core import ranks
-from core.app import App, Row
+from core.app import App, Completion, Row
 from core.cache import Cache
 from core.config import Config
-from core.policy.language import Sampling, complete
 from core.pool import Limits, Pool
+from core.run.actor import Actor
 from core.run.statistics import bootstrap_mean, paired_bootstrap
 from core.scoring import Scorer
 
@@ -28,11 +28,11 @@ from core.scoring import Scorer
 class Evaluation:
     """Completions of N rows and what the scorers said.
 
-    scores: {metric: (N,)} of the greedy completions; sampled: {metric: (N,)}, the mean over the samples of a row; empty if
-    none were drawn. rewards: {component: (N,)} of the greedy completions. reasons: per row {metric: reason code}.
+    scores: {metric: (N,)} of the completions; sampled: {metric: (N,)}, the mean over the samples of a row; empty if none
+    were drawn. rewards: {component: (N,)} of the completions. reasons: per row {metric: reason code}.
     """
 
-    completions: list[str]
+    completions: list[Completion]
     truncated: list[bool]
     scores: dict[str, np.ndarray]
     reasons: list[dict[str, str]]
@@ -73,34 +73,38 @@ class Judge:
 
 
 def grade(
-    judge: Judge, rows: Sequence[Row], completions: Sequence[str]
+    judge: Judge, rows: Sequence[Row], completions: Sequence[Completion]
 ) -> tuple[dict[str, np.ndarray], list[dict[str, str]]]:
     """{metric: (N,)} and the reasons, in the order of the rows."""
     scores = judge.metrics.score(list(completions), list(rows))
     return {name: scores.values[:, k] for k, name in enumerate(judge.metrics.names)}, scores.reasons
 
 
+def yes_or_no(values: np.ndarray) -> bool:
+    """Whether a metric's values are all 0 or 1 (or could not be judged): then 1 is right, and a mean is a share."""
+    return bool((np.isnan(values) | (values == 0) | (values == 1)).all())
+
+
 def evaluate(
-    model, tokenizer, judge: Judge, rows: Sequence[Row], config: Config, *, samples: int = 0, with_rewards: bool = False
+    actor: Actor, judge: Judge, rows: Sequence[Row], *, samples: int = 0, with_rewards: bool = False
 ) -> Evaluation:
-    """Greedy completions of every row, graded; and `samples` sampled ones a row at the rollout's own temperature.
+    """The completion of every row, graded; and `samples` sampled ones a row.
 
     The ranks of a run share the rows; each comes back with the whole evaluation.
     """
-    total, rows = len(rows), [rows[i] for i in ranks.share(len(rows))]
+    total, places = len(rows), ranks.share(len(rows))
+    rows = [rows[i] for i in places]
 
     def whole(part) -> list:
         return ranks.gather(part)[:total]
 
-    prompts = [row["prompt"] for row in rows]
-    greedy = Sampling(config.rollout.max_completion_length, batch_size=config.evaluate.batch_size)
     sampled: dict[str, np.ndarray] = {}
     rewards: dict[str, np.ndarray] = {}
     with ranks.together():
-        completions, truncated = complete(model, tokenizer, prompts, greedy)
+        completions, truncated = actor.complete(rows, places)
         scores, reasons = grade(judge, rows, completions)
         if samples:
-            drawn = [grade(judge, rows, draw)[0] for draw in draws(model, tokenizer, rows, config, samples)]
+            drawn = [grade(judge, rows, draw)[0] for draw in actor.draws(rows, places, samples)]
             sampled = {name: np.mean([d[name] for d in drawn], axis=0) for name in scores}
         if with_rewards:
             values = judge.rewards.score(completions, list(rows)).values
@@ -110,32 +114,9 @@ def evaluate(
     return Evaluation(whole(completions), whole(truncated), scores, whole(reasons), sampled, rewards)
 
 
-def draws(model, tokenizer, rows: Sequence[Row], config: Config, count: int) -> list[list[str]]:
-    """`count` sampled completions of every row: count lists in the order of the rows."""
-    rollout = config.rollout
-    return [
-        complete(
-            model,
-            tokenizer,
-            [row["prompt"] for row in rows],
-            Sampling(
-                rollout.max_completion_length,
-                rollout.temperature,
-                rollout.top_p,
-                rollout.top_k,
-                config.evaluate.batch_size,
-                seed=config.run.seed * 1009 + n + 7919 * ranks.index(),
-            ),
-        )[0]
-        for n in range(count)
-    ]
-
-
-def best_of(
-    model, tokenizer, judge: Judge, rows: Sequence[Row], config: Config, count: int, headline: str
-) -> dict[str, float]:
-    """ "Just sample more": of `count` samples a row, the share with a right one (an oracle picks), and the most common one's."""
-    drawn = draws(model, tokenizer, rows, config, count)
+def best_of(actor: Actor, judge: Judge, rows: Sequence[Row], count: int, headline: str) -> dict[str, float]:
+    """ "Just sample more": of `count` texts a row, the share with a right one (an oracle picks), and the most common one's."""
+    drawn = actor.draws(rows, range(len(rows)), count)
     graded = np.array([grade(judge, rows, draw)[0][headline] for draw in drawn])  # (count, N)
     common = [Counter(d[i] for d in drawn).most_common(1)[0][0] for i in range(len(rows))]
     voted = grade(judge, rows, common)[0][headline]

@@ -1,6 +1,8 @@
-"""model/: what a run leaves for others. Loads in plain transformers (and vLLM) and says how it wants to be asked.
+"""model/: what a run leaves for others. It says how it is loaded and how it wants to be asked.
 
-model/  config.json model.safetensors (or a PEFT adapter)  tokenizer files  prompt.json  README.md (model card)
+model/  config.json and weights as safetensors (or a PEFT adapter)  tokenizer files  prompt.json  README.md (model card)
+
+A language model loads in plain transformers and vLLM; a flow through its own save_pretrained.
 """
 
 from __future__ import annotations
@@ -10,30 +12,26 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from core.app import App
-from core.config import Config
+from core.run.actor import Actor
 
 CARD = """# {app}: {recipe}, seed {seed}
 
 Trained with GRPO on verifiable rewards ({rewards}). {metric}: {before:.3f} before, {after:.3f} after, on {n} held-out rows.
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
-
+{card}
 `prompt.json` holds an example prompt and the task options. Base: {base}. Made for experiments; not checked for any other use.
 """
 
 
-def export_model(folder: Path, model, tokenizer, app: App, config: Config, example: Any, weights: Any = None) -> Path:
+def export_model(folder: Path, actor: Actor, example: Any, weights: Any = None) -> Path:
     """Write model/ whole or not at all (beside its place, then renamed). weights: of a model that is spread over ranks."""
     target, part = folder / "model", folder / ".model.part"
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part, state_dict=weights)
-    tokenizer.save_pretrained(part)
+    actor.save(part, weights)
     form = {
-        "app": app.name,
-        "task": config.as_dict()["task"],
-        "max_new_tokens": config.rollout.max_completion_length,
+        "app": actor.app.name,
+        "task": actor.config.as_dict()["task"],
+        **actor.form(),
         "example_prompt": example,
     }
     (part / "prompt.json").write_text(json.dumps(form, indent=2, ensure_ascii=False) + "\n")
@@ -42,10 +40,11 @@ def export_model(folder: Path, model, tokenizer, app: App, config: Config, examp
     return target
 
 
-def write_card(target: Path, summary: dict[str, Any], rewards: list[str], base: str) -> None:
+def write_card(target: Path, actor: Actor, summary: dict[str, Any], rewards: list[str]) -> None:
     card = CARD.format(
         **{k: summary[k] for k in ("app", "recipe", "seed", "metric", "before", "after", "n")},
         rewards=", ".join(rewards),
-        base=base,
+        card=actor.card,
+        base=actor.config.model.path,
     )
     (target / "README.md").write_text(card)

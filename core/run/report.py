@@ -4,6 +4,8 @@ No script, nothing fetched (a Content-Security-Policy says so to the browser), c
 Completions are hostile to the reader too: Jinja2 escapes every value, `clean_text` takes control characters out of
 it, and long texts are cut, so that the page stays valid and small whatever the model wrote.
 
+Pictures are data URIs of bounded size (core/run/media.py), and only of PNG files that the run wrote below its samples/.
+
 Not covered: what a text says. A completion can still lie to its reader in plain letters.
 """
 
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from core.run import media
 from core.run.charts import Chart, Series, line_chart
 from core.run.folder import RunFolder
 from core.run.progress import clean_text, duration
@@ -46,7 +49,7 @@ def write_report(folder: RunFolder | str | os.PathLike, summary: Mapping[str, An
     extra, all optional: `table` [{name, before, after, change, lo, hi}] the other metrics; `health` as Health.block()
     gives it (otherwise replayed from metrics.jsonl with `updates_per_batch`, default 1); `warmup` [{step, loss,
     metric}]; `batch` the derived batch line; `command`;
-    `samples` [{question, gold, before, after, before_ok, after_ok}].
+    `samples` [{question, gold, before, after, given, before_ok, after_ok}], see core.run.summary.samples.
     """
     from jinja2 import Environment
     from markupsafe import Markup
@@ -64,6 +67,7 @@ def write_report(folder: RunFolder | str | os.PathLike, summary: Mapping[str, An
         "interval": interval,
         "cut": lambda text: clean_text(text, TEXT_LIMIT),
         "duration": duration,
+        "markup": Markup,
     }
     template = environment.from_string((files("core.run") / "report.html").read_text("utf-8"))
     lines = run.read_metrics()
@@ -80,7 +84,7 @@ def write_report(folder: RunFolder | str | os.PathLike, summary: Mapping[str, An
         warmup=_warmup_charts(extra.get("warmup") or []),
         health=extra["health"] if "health" in extra else _replayed_health(lines, summary, extra),
         groups=_shown_groups(run),
-        samples=list(extra.get("samples") or [])[:SHOWN_SAMPLES],
+        samples=[_sample(run, sample) for sample in (extra.get("samples") or [])[:SHOWN_SAMPLES]],
         steps=max((line["step"] for line in lines), default=0),
         config=config_file.read_text("utf-8") if config_file.exists() else "",
     )
@@ -186,8 +190,19 @@ def _drawn(*charts: Chart | None) -> list[Chart]:
 # -------------------------------------------------------------------- rollouts
 
 
+def _sample(run: RunFolder, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """A sample with its pictures in place of the names of their files."""
+    return {
+        name: media.shown(run, value.get("picture")) or str(value) if isinstance(value, Mapping) else value
+        for name, value in sample.items()
+    }
+
+
 def _shown_groups(run: RunFolder) -> list[dict]:
-    """Up to two best, most divided and worst groups of the last tenth of the steps, rollouts by reward."""
+    """Up to two best, most divided and worst groups of the last tenth of the steps, rollouts by reward.
+
+    Where completions were kept of some groups only (pictures), of these.
+    """
     parts = len(list((run.path / "rollouts.parquet").glob("step-*.parquet")))
     table = run.read_rollouts(last=min(LATE_STEPS, max(1, math.ceil(parts / 10))))
     if table is None or table.num_rows == 0 or not {"prompt_id", "reward"} <= set(table.column_names):
@@ -195,6 +210,9 @@ def _shown_groups(run: RunFolder) -> list[dict]:
     members: dict[tuple, list[int]] = {}
     for i, key in enumerate(zip(table["step"].to_pylist(), table["prompt_id"].to_pylist(), strict=True)):
         members.setdefault(key, []).append(i)
+    if "completion" in table.column_names and table["completion"].null_count < table.num_rows:
+        kept = table["completion"].is_valid().to_pylist()
+        members = {key: rows for key, rows in members.items() if any(kept[i] for i in rows)}
     rewards = table["reward"].to_numpy()
     judged = {key: rewards[rows][np.isfinite(rewards[rows])] for key, rows in members.items()}
     scored = [key for key in members if judged[key].size]
@@ -209,7 +227,7 @@ def _shown_groups(run: RunFolder) -> list[dict]:
         for key in list({key[1]: key for key in reversed(fresh)}.values())[::-1][:2]:
             used.add(key[1])
             rows = sorted(members[key], key=lambda i: -np.nan_to_num(rewards[i], nan=-math.inf))
-            rollouts = [_rollout(row) for row in table.take(rows[:SHOWN_ROLLOUTS]).to_pylist()]
+            rollouts = [_rollout(run, row) for row in table.take(rows[:SHOWN_ROLLOUTS]).to_pylist()]
             shown.append(
                 {
                     "kind": kind,
@@ -219,15 +237,17 @@ def _shown_groups(run: RunFolder) -> list[dict]:
                     "mean": float(judged[key].mean()),
                     "size": len(rows),
                     "rollouts": rollouts,
+                    "pictures": any(isinstance(rollout["completion"], media.Shown) for rollout in rollouts),
                 }
             )
     return shown
 
 
-def _rollout(row: Mapping[str, Any]) -> dict[str, Any]:
+def _rollout(run: RunFolder, row: Mapping[str, Any]) -> dict[str, Any]:
     names = [name[len("reward/") :] for name in row if name.startswith("reward/")]
+    completion = row.get("completion") or ""
     return {
-        "completion": row.get("completion") or "",
+        "completion": media.shown(run, completion) or completion,
         "reward": row["reward"],
         "advantage": row.get("advantage"),
         "dropped": row.get("keep") == 0,

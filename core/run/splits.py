@@ -85,27 +85,31 @@ def refuse_missing_data(config: Config) -> None:
 
 
 def offline_folder(app: App, seed: int) -> Path:
-    return Path("runs") / "data" / f"{app.name}-{seed}"
+    return Path("runs") / "data" / f"{app.label}-{seed}"
 
 
 def check_gold(app: App, judge: ev.Judge, data: Split, progress: Progress, rows: int | None = 64) -> None:
-    """Gold must score 1 on the outcome before training starts: a reward that fails gold would teach the wrong thing.
+    """Gold must score its best on the outcome before training starts: a reward that fails gold would teach the wrong thing.
 
     rows: how many of each part are tried; None: all, as `make check` does.
     """
+    command = f"APP={app.name}" + (f" TASK={app.variant}" if app.variant else "")
+    best = app.best.get(app.outcome, 1)
     chosen = [part[:rows] for part in (data.train, data.validation, data.test) if part]
     for part in chosen:
         judge.rewards.check_columns(part[0])
         judge.metrics.check_columns(part[0])
         scores = judge.rewards.score([app.gold(row) for row in part], part)
         k = judge.rewards.names.index(app.outcome)
-        wrong = [i for i, value in enumerate(scores.values[:, k]) if not value >= 1]
+        wrong = [i for i, value in enumerate(scores.values[:, k]) if not value >= best]
         if wrong:
             i = wrong[0]
             got = "cannot be judged" if scores.failed[i] else f"scores {scores.values[i, k]:g}"
             why = ": ".join(text for at in (scores.reasons, scores.details) if (text := at[i].get(app.outcome)))
             raise ConfigError(
                 f"the gold answer of row {part[i]['id']} {got} on {app.outcome} ({why}), one of {len(wrong)} such rows in "
-                f"{len(part)}; mend the data or the reward (make check APP={app.name} shows every component)"
+                f"{len(part)}; mend the data or the reward (make check {command} shows every component)"
             )
-    progress.note(f"gold scores 1 on {app.outcome} for {sum(map(len, chosen))} of {sum(map(len, chosen))} rows tried")
+    progress.note(
+        f"gold scores {best:g} on {app.outcome} for {sum(map(len, chosen))} of {sum(map(len, chosen))} rows tried"
+    )

@@ -16,55 +16,54 @@ import numpy as np
 import torch
 
 from core import ranks
+from core.app import App
 from core.config import Config, ConfigError
-from core.policy import language, tiny
 from core.run import evaluate as ev
+from core.run.actor import Actor, actor_of
 from core.run.folder import make_folder
 from core.run.progress import Progress
 from core.run.splits import Split
-from core.train.warmup import cache_key, imitate
+from core.train.warmup import cache_key
 
 
-def start(app, config: Config, data: Split, judge: ev.Judge, progress: Progress):
-    """The policy that GRPO starts from, its tokenizer, and how it came to be ({curve, seconds, path, distance})."""
+def start(app: App, config: Config, data: Split, judge: ev.Judge, progress: Progress) -> tuple[Actor, dict[str, Any]]:
+    """The policy that GRPO starts from, and how it came to be ({curve, seconds, path, distance})."""
+    kind = actor_of(app)
     if config.model.path != "tiny" and config.warmup.labels == "none":
-        model, tokenizer = language.load(config.model)
-        refuse_infinite(model, f"MODEL={config.model.path} cannot be trained")
-        return model, tokenizer, {"curve": [], "seconds": 0.0, "path": config.model.path, "distance": distance(model)}
+        actor = kind.load(app, config)
+        refuse_infinite(actor.model, f"MODEL={config.model.path} cannot be trained")
+        return actor, {"curve": [], "seconds": 0.0, "path": config.model.path, "distance": distance(actor.model)}
     key = cache_key(
-        app.name,
+        app.label,
         asdict(config.model),
         asdict(config.warmup),
         asdict(config.data),
         config.as_dict()["task"],
         config.run.seed,
-        config.rollout.max_completion_length,
+        *kind.start_needs(config),
     )
-    cache = Path("runs") / "warmup" / f"{app.name}-{key}"
+    cache = Path("runs") / "warmup" / f"{app.label}-{key}"
     if ranks.count() > 1 and not cache.exists():
         raise ConfigError(
             f"the warm start {cache} is not there yet and is made by one process; GPUS=n does that before it starts the ranks, "
             f"under another launcher run the same command once without it"
         )
     make_folder(cache, lambda part: build_start(app, config, data, part, judge, progress), progress.note)
-    model, tokenizer = language.load(config.model, cache)
+    actor = kind.load(app, config, cache)
     note = json.loads((cache / "warmup.json").read_text())
-    return model, tokenizer, {**note, "path": str(cache), "distance": distance(model)}
+    return actor, {**note, "path": str(cache), "distance": distance(actor.model)}
 
 
-def build_start(app, config: Config, data: Split, folder: Path, judge: ev.Judge, progress: Progress) -> None:
+def build_start(app: App, config: Config, data: Split, folder: Path, judge: ev.Judge, progress: Progress) -> None:
     """Train the warm start and write it to `folder`. Raises ConfigError if it diverged."""
     warmup, seed, began = config.warmup, config.run.seed, time.monotonic()
     rows = data.train[: warmup.rows]
     labels = app.demonstrations(rows, seed) if warmup.labels == "demonstrations" else [app.gold(row) for row in rows]
     if config.model.path == "tiny":
-        texts = [json.dumps(row["prompt"]) if isinstance(row["prompt"], list) else row["prompt"] for row in rows]
-        tokenizer = tiny.build_tokenizer([p + a for p, a in zip(texts, labels, strict=True)], config.model.vocabulary)
-        shape = {"width": config.model.width, "layers": config.model.layers, "heads": config.model.heads}
-        model = tiny.build_model(tokenizer, **shape, seed=seed)
+        actor = actor_of(app).build(app, config, rows, labels)
     else:
-        model, tokenizer = language.load(config.model)
-        refuse_infinite(model, f"MODEL={config.model.path} cannot be trained")
+        actor = actor_of(app).load(app, config)
+        refuse_infinite(actor.model, f"MODEL={config.model.path} cannot be trained")
     scores, _ = ev.grade(judge, rows, labels)
     headline = next(iter(app.metrics))
     facts = {"labels": warmup.labels, "rows": len(rows), "label_accuracy": float(np.nanmean(scores[headline]))}
@@ -73,31 +72,19 @@ def build_start(app, config: Config, data: Split, folder: Path, judge: ev.Judge,
     def on_log(step: int, metrics: dict[str, Any]) -> None:
         point = {"step": step, "loss": metrics["loss"]}
         if data.validation and len(curve) % 5 == 4:
-            point["metric"] = ev.evaluate(model, tokenizer, judge, data.validation, config).mean(headline)
+            point["metric"] = ev.evaluate(actor, judge, data.validation).mean(headline)
         curve.append(point)
         progress.update(step, metrics | ({f"eval/{headline}": point["metric"]} if "metric" in point else {}))
 
-    if warmup.steps:  # else only the tokenizer is made from the labels' text
-        progress.note(
-            f"demonstrations: {len(rows)}, of which {facts['label_accuracy']:.1%} are right; none is filtered"
-        )
+    if warmup.steps:  # else it is only built
+        right = f"of which {facts['label_accuracy']:.1%} are right"
+        if not ev.yes_or_no(scores[headline]):
+            right = f"{headline} {facts['label_accuracy']:.3f} on average"
+        progress.note(f"demonstrations: {len(rows)}, {right}; none is filtered")
         progress.phase("warm start", warmup.steps)
-        imitate(
-            model,
-            tokenizer,
-            [row["prompt"] for row in rows],
-            labels,
-            steps=warmup.steps,
-            batch_size=warmup.batch_size,
-            lr=warmup.lr,
-            prompt_loss=warmup.prompt_loss,
-            seed=seed,
-            output=folder,
-            on_log=on_log,
-        )
-    refuse_infinite(model, f"the warm start diverged; lower warmup.lr={warmup.lr:g}")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        actor.imitate(rows, labels, folder, on_log)
+    refuse_infinite(actor.model, f"the warm start diverged; lower warmup.lr={warmup.lr:g}")
+    actor.save(folder)
     facts |= {"curve": curve, "seconds": round(time.monotonic() - began, 2)}
     (folder / "warmup.json").write_text(json.dumps(facts))
 

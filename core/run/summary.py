@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from core.app import App, Row
+from core.app import App, Completion, Row
 from core.run import evaluate as ev
+from core.run import media
 from core.run.folder import RunFolder
 from core.run.progress import Progress
 
@@ -24,7 +26,10 @@ def mean(values: np.ndarray) -> float:
     return float("nan") if np.isnan(values).all() else float(np.nanmean(values))
 
 
-def evaluation_json(app: App, rows: Sequence[Row], result: ev.Evaluation, headline: str) -> dict[str, Any]:
+def evaluation_json(
+    app: App, rows: Sequence[Row], result: ev.Evaluation, completions: Sequence[str], headline: str
+) -> dict[str, Any]:
+    """eval.json. completions: of the rows, as Actor.keep gives them."""
     metrics = {}
     for name, values in result.scores.items():
         mean, lo, hi = ev.interval(app, rows, values)
@@ -43,7 +48,7 @@ def evaluation_json(app: App, rows: Sequence[Row], result: ev.Evaluation, headli
                 **{name: values[i] for name, values in result.scores.items()},
             }
             for i, (row, completion, cut, reasons) in enumerate(
-                zip(rows, result.completions, result.truncated, result.reasons, strict=True)
+                zip(rows, completions, result.truncated, result.reasons, strict=True)
             )
         ],
     }
@@ -120,10 +125,17 @@ def summarise(setup, data, folder: RunFolder, before, after, judge, task: str | 
         "ci95": [lo, hi],
         "baselines": baselines,
         "table": table,
-        "peak_rss_mb": round(
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 2**20)
-        ),
+        **memory(),
     }
+
+
+def memory() -> dict[str, int]:
+    """What this process took at most so far, in MB; on the GPU, if there is one."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 2**20)
+    found = {"peak_rss_mb": round(resident)}
+    if torch.cuda.is_available():
+        found["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    return found
 
 
 def git_revision() -> str | None:
@@ -141,25 +153,39 @@ def git_revision() -> str | None:
 
 
 def samples(
-    app: App, rows: Sequence[Row], before: ev.Evaluation, after: ev.Evaluation, headline: str
+    app: App, folder: RunFolder, rows: Sequence[Row], before: ev.Evaluation, after: ev.Evaluation, headline: str
 ) -> list[dict[str, Any]]:
-    """Held-out rows for the report: mended ones first, then broken ones, then the rest."""
+    """Held-out rows for the report: mended ones first (the largest gains), then broken ones, then the rest.
+
+    Each is {question, gold, before, after, and given if the app has it}, text or {"picture": file of the run}; with
+    before_ok and after_ok, or with before_score and after_score if the metric is more than right or wrong.
+    """
     a, b = before.scores[headline], after.scores[headline]
-    order = sorted(range(len(rows)), key=lambda i: (a[i] - b[i] if a[i] < b[i] else (1 if a[i] > b[i] else 2), i))
+    graded = not (ev.yes_or_no(a) and ev.yes_or_no(b))
+    order = sorted(range(len(rows)), key=lambda i: ((0, a[i] - b[i]) if a[i] < b[i] else (1, b[i] - a[i]), i))
     mended = [i for i in order if a[i] < b[i]][: SHOWN // 2]
     broken = [i for i in order if a[i] > b[i]][: SHOWN // 4]
-    rest = [i for i in order if a[i] == b[i]][: SHOWN - len(mended) - len(broken)]
-    return [
-        {
-            "question": rows[i].get("question", str(rows[i]["prompt"])),
-            "gold": app.show(rows[i], app.gold(rows[i])),
-            "before": app.show(rows[i], before.completions[i]),
-            "after": app.show(rows[i], after.completions[i]),
-            "before_ok": bool(a[i] >= 1),
-            "after_ok": bool(b[i] >= 1),
-        }
-        for i in [*mended, *broken, *rest]
-    ]
+    shown = {*mended, *broken}
+    rest = [i for i in range(len(rows)) if a[i] == b[i] or (graded and i not in shown)]
+
+    def block(place: int, name: str, value: Completion) -> Any:
+        if not media.is_picture(value):
+            return value
+        return {"picture": media.write_picture(folder, f"samples/report/{place:02d}-{name}.png", value)}
+
+    found = []
+    for place, i in enumerate([*mended, *broken, *rest][:SHOWN]):
+        row = rows[i]
+        values = {"given": app.given(row)} if app.given else {}
+        values |= {"gold": app.show(row, app.gold(row))}
+        values |= {"before": app.show(row, before.completions[i]), "after": app.show(row, after.completions[i])}
+        if graded:
+            verdict = {"before_score": float(a[i]), "after_score": float(b[i])}
+        else:
+            verdict = {"before_ok": bool(a[i] >= 1), "after_ok": bool(b[i] >= 1)}
+        question = {"question": row.get("question", str(row["prompt"]))}
+        found.append(question | {name: block(place, name, value) for name, value in values.items()} | verdict)
+    return found
 
 
 def final_table(progress: Progress, summary: dict[str, Any]) -> None:

@@ -11,9 +11,8 @@ import importlib.util
 import json
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,11 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from core import ranks
 from core.app import App, Row
-from core.config import Batch, Config, ConfigError, Rollout, batch
+from core.config import Batch, Config, ConfigError, batch
 from core.objective import recipes
 from core.objective.composition import NEEDS
-from core.policy import language
 from core.run import evaluate as ev
+from core.run.actor import Actor, actor_of
 from core.run.export import export_model, write_card
 from core.run.folder import RunFolder
 from core.run.progress import Progress
@@ -35,9 +34,7 @@ from core.run.splits import Split, check_gold
 from core.run.start import start
 from core.run.stopping import StopRequest
 from core.run.summary import evaluation_json, final_table, samples, summarise
-from core.train.arguments import arguments, refuse_few_prompts, refuse_recipe
 from core.train.health import Health
-from core.train.language import LanguageTrainer
 from core.train.warmup import quiet
 
 NAMES = {  # trl's and transformers' names of what is logged -> ours
@@ -73,7 +70,7 @@ def prepare(setup: Setup, progress: Progress) -> None:
     """What one process does before the ranks of GPUS=n start: the offline data and the warm start."""
     with quiet(), StopRequest(), ev.Judge(setup.app, setup.config, setup.composite) as judge:
         data = Split(setup.app, setup.config, progress)
-        refuse_few_prompts(len(data.train), setup.batch)
+        setup.kind.refuse_few(len(data.train), setup.batch)
         if setup.config.warmup.steps or setup.config.model.path == "tiny":
             start(setup.app, setup.config, data, judge, progress)
     if torch.cuda.is_available():
@@ -88,39 +85,40 @@ def _run(
     with ev.Judge(app, config, setup.composite) as judge:
         with ranks.main_first():
             data = Split(app, config, progress)
-            refuse_few_prompts(len(data.train), setup.batch)
+            setup.kind.refuse_few(len(data.train), setup.batch)
             clock.mark("make")
             if ranks.is_main():  # ours were checked when made
                 check_gold(app, judge, data, progress, rows=None if config.data.folder else 64)
-        model, tokenizer, warm = start(app, config, data, judge, progress)
-        rows = fitting(data.train, tokenizer, config.rollout, language.context_length(model), progress)
-        refuse_few_prompts(len(rows), setup.batch)
+        actor, warm = start(app, config, data, judge, progress)
+        rows = actor.fitting(data.train, progress)
+        setup.kind.refuse_few(len(rows), setup.batch)
         clock.mark("warmup")
-        before = kept_evaluation(folder, "before", lambda: full_evaluation(model, tokenizer, judge, data.test, config))
+        before = kept_evaluation(folder, "before", actor, lambda: full_evaluation(actor, judge, data.test))
         progress.note(
-            f"before: {setup.headline} {before.mean(setup.headline):.3f} greedy on {len(data.test)} held-out rows"
+            f"before: {setup.headline} {before.mean(setup.headline):.3f} {actor.how} on {len(data.test)} held-out rows"
         )
         clock.mark("eval")
-        trained, weights = reinforce(setup, data, rows, folder, judge, progress, stop, clock, model, tokenizer)
+        trained, weights = reinforce(setup, data, rows, folder, judge, progress, stop, clock, actor)
         clock.mark("rl")
-        after = full_evaluation(trained, tokenizer, judge, data.test, config)
+        after = full_evaluation(trained, judge, data.test)
         clock.mark("eval")
         if not ranks.is_main():
             return {}
         summary = summarise(setup, data, folder, before, after, judge, task)
     summary["ranks"] = setup.processes
     summary["seconds"] = {**clock.seconds, "warmup_made": warm["seconds"]}
-    summary["update_size"] = warm["distance"](trained) if config.launch.strategy == "ddp" else None
-    target = export_model(folder.path, trained, tokenizer, app, config, data.test[0]["prompt"], weights)
-    write_card(target, summary, list(setup.composite), config.model.path)
-    folder.write_json("eval.json", evaluation_json(app, data.test, after, setup.headline))
+    summary["update_size"] = warm["distance"](trained.model) if config.launch.strategy == "ddp" else None
+    target = export_model(folder.path, trained, data.test[0]["prompt"], weights)
+    write_card(target, trained, summary, list(setup.composite))
+    kept = trained.keep(folder, "after", after.completions)
+    folder.write_json("eval.json", evaluation_json(app, data.test, after, kept, setup.headline))
     extra = {
         "table": summary["table"],
         "warmup": warm["curve"],
         "batch": setup.batch.line(),
         "command": command,
         "updates_per_batch": setup.batch.steps_per_batch * setup.batch.iterations,
-        "samples": samples(app, data.test, before, after, setup.headline),
+        "samples": samples(app, folder, data.test, before, after, setup.headline),
     }
     folder.write_json("report.json", extra)
     write_report(folder, summary, extra)
@@ -155,28 +153,24 @@ class Setup:
 
     def __init__(self, app: App, config: Config, processes: int | None = None, need_machine: bool = True):
         """processes: ranks of the run; None: as many as were started."""
-        self.app, self.config = app, config
+        self.app, self.config, self.kind = app, config, actor_of(app)
         self.processes = processes or ranks.count()
         if need_machine:
             refuse_missing_gpu(config)
             refuse_ranks(config, self.processes)
-            if config.launch.sampler != "hf" and importlib.util.find_spec("vllm") is None:
-                raise ConfigError(
-                    f"launch.sampler={config.launch.sampler} needs the package vllm, which is not installed; it brings its "
-                    f'own torch, so it has its own environment. SET="launch.sampler=hf" does without'
-                )
         self.composite = app.composite(config.rewards.preset, config.rewards.weights)
         try:
             self.recipe = recipes.build(config.objective)
         except ValueError as error:
             raise ConfigError(f"objective: {error}") from error
         weights = {name: weight for name, (weight, _) in self.composite.items()}
-        refuse_recipe(self.recipe, weights, app.outcome, config)
         self.batch: Batch = batch(config, self.processes, self.recipe.extra_rollouts)
-        with quiet():
-            arguments(
-                config, self.batch, self.recipe, Path()
-            )  # for its refusals: a typo in `trainer:` costs no warm start
+        self.kind.refuse(app, config, self.batch, self.recipe, weights)
+        if need_machine and config.launch.sampler != "hf" and importlib.util.find_spec("vllm") is None:
+            raise ConfigError(
+                f"launch.sampler={config.launch.sampler} needs the package vllm, which is not installed; it brings its "
+                f'own torch, so it has its own environment. SET="launch.sampler=hf" does without'
+            )
         self.headline = next(iter(app.metrics))
 
     def say(self, progress: Progress) -> None:
@@ -193,13 +187,8 @@ class Setup:
                 f"recipe {self.recipe.name} needs {NEEDS['several_updates']}; this run makes one. Set rollout.iterations=2, or "
                 f"rollout.steps_per_batch=2"
             )
-        half, launch = self.config.model.dtype == "bfloat16", self.config.launch
-        if half and not self.config.model.lora_rank and launch.strategy == "ddp" and self.config.optim.lr < 1e-4:
-            progress.warn(
-                f"model.dtype=bfloat16 trains all weights in bfloat16, whose steps are 1/256 of a weight: at optim.lr="
-                f"{self.config.optim.lr:g} most updates round to nothing. Use model.dtype=float32, model.lora_rank=32, or "
-                f"launch.strategy=fsdp or deepspeed, which keep float32 weights"
-            )
+        for sentence in self.kind.warnings(self.config):
+            progress.warn(sentence)
         if self.config.run.control != "none":
             progress.warn(f"run.control={self.config.run.control}: this run is a control and must not learn")
 
@@ -264,34 +253,18 @@ def reinforce(
     progress,
     stop: StopRequest,
     clock: Clock,
-    model,
-    tokenizer,
-):
-    """GRPO from the warm start, or from the last checkpoint; returns the trained model, and its weights if they are spread.
+    actor: Actor,
+) -> tuple[Actor, Any]:
+    """GRPO from the warm start, or from the last checkpoint; returns the trained actor, and its weights if they are spread.
 
     Raises Stopped, after saving, if a signal came during the steps.
     """
     config = setup.config
     set_seed(config.run.seed)
     progress.phase("GRPO", config.optim.steps)
-    follow = Follow(setup, data, folder, judge, progress, stop, clock, tokenizer)
+    follow = Follow(setup, data, folder, judge, progress, stop, clock, actor)
     with quiet():
-        trainer = LanguageTrainer(
-            model=model,
-            tokenizer=tokenizer,
-            rows=rows,
-            scorer=judge.rewards,
-            weights=judge.weights,
-            outcome=setup.app.outcome,
-            recipe=setup.recipe,
-            config=config,
-            batch=setup.batch,
-            output=folder.path / "checkpoints",
-            on_rollouts=folder.log_rollouts,
-            on_not_finite=lambda step, rows: folder.write_json(f"samples/not-finite-{step:06d}.json", rows),
-            callbacks=[follow],
-            peft_config=lora(config),
-        )
+        trainer = actor.trainer(rows, judge, setup.recipe, setup.batch, folder, [follow])
         trainer.remove_callback(PrinterCallback)
         if config.optim.steps:
             with ranks.main_first():
@@ -307,54 +280,17 @@ def reinforce(
             else:
                 trainer._load_from_checkpoint(str(checkpoint))
     spread = config.launch.strategy != "ddp"
-    return trainer.accelerator.unwrap_model(trainer.model), (
-        trainer.accelerator.get_state_dict(trainer.model) if spread else None
-    )
-
-
-def lora(config: Config):
-    if not config.model.lora_rank:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=config.model.lora_rank,
-        lora_alpha=config.model.lora_alpha,
-        target_modules=config.model.lora_targets,
-        task_type="CAUSAL_LM",
-    )
-
-
-def fitting(rows: Sequence[Row], tokenizer, rollout: Rollout, context: float, progress: Progress) -> list[Row]:
-    """Rows whose prompt keeps to rollout.max_prompt_length and, with its completion, to the model's context.
-
-    The others are left out, and counted aloud. Raises ConfigError if none is left.
-    """
-    limit, what = rollout.max_prompt_length, f"rollout.max_prompt_length={rollout.max_prompt_length}"
-    if context - rollout.max_completion_length < limit:
-        limit = context - rollout.max_completion_length
-        what = (
-            f"the {limit:.0f} that rollout.max_completion_length={rollout.max_completion_length} leaves of the model's "
-            f"context of {context:.0f}"
-        )
-    lengths = [len(tokenizer(language.render(tokenizer, row["prompt"]))["input_ids"]) for row in rows]
-    kept = [row for row, length in zip(rows, lengths, strict=True) if length <= limit]
-    if not kept:
-        raise ConfigError(f"every training prompt is longer than {what} tokens (the shortest has {min(lengths)})")
-    if len(kept) < len(rows):
-        progress.warn(
-            f"{len(rows) - len(kept)} of {len(rows)} training prompts are longer than {what} tokens and are left out"
-        )
-    return kept
+    trained = actor.having(trainer.accelerator.unwrap_model(trainer.model))
+    return trained, trainer.accelerator.get_state_dict(trainer.model) if spread else None
 
 
 class Follow(TrainerCallback):
     """Writes the run's metrics, shows them, watches their health, and evaluates on the validation rows on schedule."""
 
-    def __init__(self, setup: Setup, data, folder, judge, progress, stop, clock, tokenizer):
+    def __init__(self, setup: Setup, data, folder, judge, progress, stop, clock, actor: Actor):
         self.setup, self.app, self.config = setup, setup.app, setup.config
         self.data, self.folder, self.judge, self.progress = data, folder, judge, progress
-        self.stop, self.clock, self.tokenizer = stop, clock, tokenizer
+        self.stop, self.clock, self.actor = stop, clock, actor
         # A component without weight is no reward: an identity's mean says nothing, and health would take it for a reward's.
         self.unweighted = [f"rewards/{name}/" for name, (weight, _) in setup.composite.items() if not weight]
         self.health = Health(
@@ -399,7 +335,7 @@ class Follow(TrainerCallback):
     def _evaluate(self, step: int, model) -> None:
         if not self.data.validation:
             return
-        result = ev.evaluate(model, self.tokenizer, self.judge, self.data.validation, self.config)
+        result = ev.evaluate(self.actor.having(model), self.judge, self.data.validation)
         metrics: dict[str, float] = {}
         for name, values in result.scores.items():
             mean, lo, hi = ev.interval(self.app, self.data.validation, values)
@@ -417,19 +353,21 @@ class Follow(TrainerCallback):
 # -- results -----------------------------------------------------------------------------------------------------------------
 
 
-def full_evaluation(model, tokenizer, judge, rows, config: Config) -> ev.Evaluation:
-    return ev.evaluate(model, tokenizer, judge, rows, config, samples=config.evaluate.samples, with_rewards=True)
+def full_evaluation(actor: Actor, judge: ev.Judge, rows: Sequence[Row]) -> ev.Evaluation:
+    return ev.evaluate(actor, judge, rows, samples=actor.config.evaluate.samples, with_rewards=True)
 
 
-def kept_evaluation(folder: RunFolder, name: str, make) -> ev.Evaluation:
+def kept_evaluation(folder: RunFolder, name: str, actor: Actor, make: Callable[[], ev.Evaluation]) -> ev.Evaluation:
     """An evaluation that is made once, by all ranks together, and then read from the run folder."""
     path = folder.path / f"{name}.json"
     if not path.exists():
         made = make()
         if ranks.is_main():
-            folder.write_json(path.name, asdict(made))
+            kept = actor.keep(folder, name, made.completions)
+            folder.write_json(path.name, asdict(replace(made, completions=kept)))
         return made
     raw = json.loads(path.read_text())
+    raw["completions"] = actor.kept(folder, raw["completions"])
     for part in ("scores", "sampled", "rewards"):
         raw[part] = {
             k: np.array([np.nan if v is None else v for v in values], dtype=float) for k, values in raw[part].items()

@@ -173,7 +173,9 @@ class TrajectoryTrainer(Trainer):
             callbacks=list(callbacks),
         )
         if self.args.n_gpu > 1:
-            raise ConfigError(f"{self.args.n_gpu} GPUs are visible to one process; GPUS={self.args.n_gpu} uses them all")
+            raise ConfigError(
+                f"{self.args.n_gpu} GPUs are visible to one process; GPUS={self.args.n_gpu} uses them all"
+            )
         self.policy = policy
 
     def get_train_dataloader(self) -> DataLoader:
@@ -298,7 +300,9 @@ class TrajectoryTrainer(Trainer):
         """The controls' randomness: a function of seed and generation batch alone."""
         return torch.Generator().manual_seed(self.args.seed * 1_000_003 + generation)
 
-    def _report_rollouts(self, rewards: Tensor, failed: Tensor, reasons: list[dict[str, str]], rows: Sequence[Row]) -> None:
+    def _report_rollouts(
+        self, rewards: Tensor, failed: Tensor, reasons: list[dict[str, str]], rows: Sequence[Row]
+    ) -> None:
         rewards = rewards if rewards.dim() == 2 else rewards[:, :, -1]  # the last decision's is that of the output
         rewards, failed = gather(rewards).cpu(), gather(failed).cpu()
         many = [row for row in rows for _ in range(self.batch.group)]
@@ -425,7 +429,9 @@ class TrajectoryTrainer(Trainer):
         """The recipe's loss of the decisions `steps` of some rows."""
         trajectory, credit = self.trajectory, self.credit
         advantage = credit["advantage"][rows]
-        extras = {name.removeprefix("extra/"): value[rows] for name, value in credit.items() if name.startswith("extra/")}
+        extras = {
+            name.removeprefix("extra/"): value[rows] for name, value in credit.items() if name.startswith("extra/")
+        }
         mask = trajectory.mask[rows]
         return self.recipe.loss(
             Rows(

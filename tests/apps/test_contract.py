@@ -1,4 +1,4 @@
-"""What every app in apps/ must do, whichever it is: pass its self-check, and train two steps into a whole run folder.
+"""What every app in apps/ and every variant of one must do: pass its self-check, and train two steps into a whole run folder.
 
 An app needs no test of its own for this; its folder is enough.
 """
@@ -10,6 +10,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -18,6 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core import app as apps
 from core import config as configs
+from core.app import Flow, Language
+from core.policy.flow import FlowPolicy, load_net
+from core.run import media
 from core.run.evaluate import Judge
 from core.run.evaluation import run_evaluation
 from core.run.folder import RunFolder
@@ -25,24 +29,31 @@ from core.run.progress import Progress
 from core.run.train import Setup, run_training
 
 SMALL = (
-    "data.train_rows=48", "data.test_rows=16", "model.width=32", "model.layers=1", "warmup.steps=2",
-    "rollout.prompts_per_step=2", "rollout.group_size=4", "rollout.max_completion_length=12", "optim.steps=2",
-    "optim.micro_batch=8", "optim.lr=0.01", "evaluate.every=1", "evaluate.validation_rows=8", "run.save_every=1",
-    "rewards.workers=1", "run.control=random_rewards",  # so that weights move, whatever an untrained model writes
+    "data.train_rows=48", "data.test_rows=16", "warmup.steps=2", "rollout.prompts_per_step=2", "rollout.group_size=4",
+    "optim.steps=2", "optim.micro_batch=8", "evaluate.every=1", "evaluate.validation_rows=8", "run.save_every=1",
+    "rewards.workers=1", "run.control=random_rewards",  # so that weights move, whatever an untrained model makes
 )  # fmt: skip
+SMALLER = {
+    Language: ("model.width=32", "model.layers=1", "rollout.max_completion_length=12", "optim.lr=0.01"),
+    Flow: ("model.width=8", "model.layers=1", "rollout.eval_steps=2", "optim.lr=0.001"),
+}
 
 
 class Workplace:
     """An app's offline data, written once, and the means to run it in a folder of one's own."""
 
-    def __init__(self, name: str, folder: Path):
-        self.app, self.data = apps.find(name), folder / "data"
+    def __init__(self, name: str, task: str | None, folder: Path):
+        self.app, self.data = apps.find(name, task), folder / "data"
+        self.flow = isinstance(self.app.acts, Flow)
         self.app.write_offline(self.data, 0)
         self.config = self.load(f"data.folder={self.data}")
         self.said = io.StringIO()
 
+    def file(self, name: str) -> Path:
+        return apps.folder(self.app.name) / f"{self.app.variant + '-' if self.app.variant else ''}{name}.yaml"
+
     def load(self, *overrides: str):
-        return configs.load(self.app, apps.folder(self.app.name) / "tiny.yaml", [*SMALL, *overrides])
+        return configs.load(self.app, self.file("tiny"), [*SMALL, *SMALLER[type(self.app.acts)], *overrides])
 
     def train(self, folder: Path, config=None):
         config = config or self.config
@@ -51,9 +62,12 @@ class Workplace:
             return run_training(Setup(self.app, config), run, progress, f"make train APP={self.app.name}")
 
 
-@pytest.fixture(scope="module", params=apps.names())
+CASES = [(name, task) for name in apps.names() for task in (None, *apps.find(name).variants)]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(filter(None, case)))
 def place(request, tmp_path_factory):
-    return Workplace(request.param, tmp_path_factory.mktemp(request.param))
+    return Workplace(*request.param, tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +81,25 @@ def trained(place, tmp_path_factory):
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "model" / "model.safetensors")
+    return {name: value for path in (run / "model").glob("*.safetensors") for name, value in load_file(path).items()}
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return bool(a) and a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def pictures(run: Path, folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run / "samples" / folder).glob("*.png")}
 
 
 def test_an_app_is_complete(place):
     app, folder = place.app, apps.folder(place.app.name)
-    assert {"app.py", "tiny.yaml", "gpu.yaml", "README.md"} <= {path.name for path in folder.iterdir()}
+    files = {"app.py", "README.md", place.file("tiny").name, place.file("gpu").name}
+    assert files <= {path.name for path in folder.iterdir()}
     assert app.outcome in app.rewards
     assert app.metrics
     assert not {reward for _, reward in app.rewards.values()} & set(list(app.metrics.values())[:1])
-    for name, config in (("tiny", place.config), ("gpu", configs.load(app, folder / "gpu.yaml"))):
+    for name, config in (("tiny", place.config), ("gpu", configs.load(app, place.file("gpu")))):
         assert configs.batch(config).rollouts > 0, name
 
 
@@ -93,7 +112,8 @@ def test_gold_and_canaries_score_as_declared(place):
             assert [finding for finding in findings if not finding.ok] == []
             aimed = [canary for canary in place.app.canaries if canary.component in judge.rewards.names]
             assert len(findings) == len(place.app.rewards) + len(place.app.metrics) + canaries * len(aimed)
-        broken = replace(place.app, gold=lambda row: "no answer")
+        nothing = (lambda row: 0 * place.app.gold(row)) if place.flow else (lambda row: "no answer")
+        broken = replace(place.app, gold=nothing)
         findings = apps.self_check(broken, rows[:2], judge.rewards, judge.metrics, canary_rows=0)
         assert not all(finding.ok for finding in findings), "this check cannot fail"
 
@@ -106,7 +126,8 @@ def test_two_steps_leave_the_whole_run_folder(place, trained):
         "summary.json",
     }  # fmt: skip
     assert not [name for name in names if "part" in name.split(".")], "something was left half-written"
-    assert json.loads((run / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    said = json.loads(json.dumps(summary), parse_constant=lambda nan: None)
+    assert json.loads((run / "summary.json").read_text()) == said
     assert set(summary) >= {
         "app", "task", "recipe", "seed", "config", "git", "metric", "better", "before", "after", "n", "n_clusters",
         "unscored", "ci95", "baselines", "seconds", "peak_rss_mb",
@@ -128,18 +149,32 @@ def test_metrics_and_rollouts_hold_every_step_and_component(place, trained):
     for name in place.app.rewards:
         assert {f"reward/{name}", f"reason/{name}"} <= set(rollouts)
     assert any(rollouts["advantage"])
+    if place.flow:  # pictures of the first group of each step
+        assert [bool(name) for name in rollouts["completion"]] == 2 * ([True] * 4 + [False] * 4)
+        assert all((trained[0] / name).is_file() for name in rollouts["completion"] if name)
 
 
-def test_the_report_is_one_page_without_scripts_from_elsewhere(trained):
+def test_the_report_is_one_page_without_scripts_from_elsewhere(place, trained):
     page = (trained[0] / "report.html").read_text()
     assert not re.search(r"<(?:script|link|img)[^>]+(?:src|href)=[\"']?(?:https?:)?//", page)
+    assert ("data:image/" in page) == place.flow
+    assert len(page) < 5_000_000
 
 
-def test_the_model_loads_in_plain_transformers_and_has_moved(trained):
+def test_the_model_loads_by_itself_and_has_moved(place, trained):
     run, summary = trained
-    model, tokenizer = (kind.from_pretrained(run / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
-    ids = tokenizer("one", return_tensors="pt")["input_ids"]
-    assert model(ids).logits.shape[-1] == len(tokenizer)
+    if place.flow:
+        net = load_net(configs.Model(), run / "model", place.app.acts.build)
+        row = apps.prepare(place.app, list(place.app.load(place.data)[place.config.data.test])[:1], place.config.task)[
+            0
+        ]
+        made = FlowPolicy(net, place.config.rollout).generate([place.app.acts.condition(row)], [0], steps=2)[0]
+        assert media.is_picture(made)
+        assert np.isfinite(made).all()
+    else:
+        model, tokenizer = (kind.from_pretrained(run / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+        ids = tokenizer("one", return_tensors="pt")["input_ids"]
+        assert model(ids).logits.shape[-1] == len(tokenizer)
     assert json.loads((run / "model" / "prompt.json").read_text())["example_prompt"]
     assert summary["update_size"] > 0
 
@@ -185,7 +220,10 @@ def test_evaluation_of_the_run_gives_its_after_number_again(place, trained, monk
     report = json.loads((run / f"eval-{place.config.data.test}.json").read_text())
     assert report["metrics"][summary["metric"]]["mean"] == summary["after"]
     assert len(report["items"]) == summary["n"]
-    assert [item["completion"] for item in report["items"]] == [
-        item["completion"] for item in json.loads((run / "eval.json").read_text())["items"]
-    ]
+    after = json.loads((run / "eval.json").read_text())["items"]
+    if place.flow:
+        assert pictures(run, f"eval-{place.config.data.test}") == pictures(run, "after")
+        assert {item["completion"] for item in after} == {f"samples/after/{name}" for name in pictures(run, "after")}
+    else:
+        assert [item["completion"] for item in report["items"]] == [item["completion"] for item in after]
     assert run_evaluation(place.app, place.config, str(run / "model"), Path("runs") / "none", None) == 0

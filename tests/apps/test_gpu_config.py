@@ -1,4 +1,4 @@
-"""Every app's gpu.yaml, as far as a CPU goes: a small random Qwen2 in a folder, LoRA, three steps, the adapter used after.
+"""Every language app's gpu.yaml as far as a CPU goes: a small random Qwen2 in a folder, LoRA, three steps; the adapter is used after.
 
 Only what a CPU cannot do is overridden: the sampler (vLLM), the GPU itself, and sizes.
 """
@@ -24,7 +24,7 @@ SMALL = (
 
 
 def with_gpu_config():
-    return [name for name in apps.names() if (apps.folder(name) / "gpu.yaml").exists()]
+    return [name for name in apps.names() if isinstance(apps.find(name).acts, apps.Language)]
 
 
 @pytest.fixture(scope="module", params=with_gpu_config())

@@ -149,6 +149,28 @@ def test_gold_that_scores_less_or_cannot_be_judged_fails_and_names_the_row():
     assert "3 rows could not be judged" in findings[1].detail
 
 
+def test_gold_must_reach_what_the_app_calls_best():
+    app, judge = toy(best={"good": 60.0}), Judge(lambda text: 59.0 if text == "b" else 60.0)
+    findings = self_check(app, ROWS, judge, judge)
+    assert [f.what for f in findings] == ["gold scores 60 on reward good", "gold scores 60 on metric good"]
+    assert findings[0].detail == "1 of 3 rows below 60; row r1: 59.000 wrong"
+    half = self_check(toy(best={"good": 0.5}), ROWS, Judge(lambda text: 0.5), Judge(lambda text: 1.0))
+    assert [f.ok for f in half] == [True, True]
+
+
+def test_gold_may_be_an_array():
+    seen = []
+
+    def judge(made):
+        seen.append(made)
+        return float(made.mean())
+
+    app = toy(gold=lambda row: np.ones((2, 2, 3), np.float32))
+    assert all(finding.ok for finding in self_check(app, ROWS, Judge(judge), Judge(judge)))
+    assert len(seen) == 2 * len(ROWS)
+    assert seen[0].shape == (2, 2, 3)
+
+
 def test_a_split_without_rows_fails():
     judge = Judge(lambda text: 1.0)
     assert {(f.ok, f.detail) for f in self_check(toy(), [], judge, judge)} == {(False, "there are no rows")}

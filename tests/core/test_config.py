@@ -7,7 +7,19 @@ from typing import Literal
 import pytest
 from trl import GRPOConfig
 
-from core.config import OWNED, Batch, Config, ConfigError, batch, load, resolve, run_name
+from core.app import Flow, Language
+from core.config import (
+    OWNED,
+    Batch,
+    Config,
+    ConfigError,
+    FlowRollout,
+    LanguageRollout,
+    batch,
+    load,
+    resolve,
+    run_name,
+)
 
 
 @dataclass(frozen=True)
@@ -17,8 +29,13 @@ class Options:
 
 
 APP = SimpleNamespace(
-    name="toy", options=Options, tasks={"hard": {"optim.lr": 0.5, "task.words": 9}, "easy": {"optim.lr": 0.1}}
+    name="toy",
+    acts=Language(prompt=str),
+    options=Options,
+    tasks={"hard": {"optim.lr": 0.5, "task.words": 9}, "easy": {"optim.lr": 0.1}},
+    variants={},
 )
+FLOW = SimpleNamespace(**vars(APP) | {"acts": Flow(prompt=str, condition=dict, build=len)})
 
 
 @pytest.fixture
@@ -101,11 +118,92 @@ def test_a_value_becomes_its_field_s_type(config, override, value):
         ("", ("optim.lr=.nan",), "optim.lr=nan is not a finite number"),
         ("", ("data.validation_share=1",), "must lie in \\[0, 1\\)"),
         ("", ("objective=1",), "names no section"),
+        ("", ("rollout.eval_steps=3",), "unknown key in section rollout 'eval_steps'"),
+        ("", ("optim.ema=0.9",), "optim.ema=0.9 is for flow policies"),
+        ("", ("optim.micro_steps=2",), "optim.micro_steps=2 is for flow policies"),
     ],
 )
 def test_a_mistake_is_a_sentence(config, text, overrides, sentence):
     with pytest.raises(ConfigError, match=sentence):
         config(text, *overrides)
+
+
+# -- flows
+
+
+def flow(**rollout):
+    return resolve(FLOW, {"rollout": rollout})
+
+
+def test_the_rollout_section_is_that_of_the_app_s_policy(config):
+    assert type(config().rollout) is LanguageRollout
+    assert type(flow().rollout) is FlowRollout
+    assert flow(steps=6, window="first", window_size=2).rollout == FlowRollout(steps=6, window="first", window_size=2)
+    assert batch(flow(prompts_per_step=3, group_size=4)).rollouts == 12
+    made = resolve(FLOW, {"rollout": {"guidance": 3}, "optim": {"micro_steps": 2, "ema": 0.99}})
+    assert resolve(FLOW, made.as_dict()) == made
+
+
+@pytest.mark.parametrize(
+    ("rollout", "sentence"),
+    [
+        ({"temperature": 1}, "unknown key in section rollout 'temperature'"),
+        ({"steps": 0}, "rollout.steps=0 is below its least value 1"),
+        ({"eval_steps": 0}, "rollout.eval_steps=0 is below its least value 1"),
+        ({"shift": 0}, "rollout.shift=0.0 must be above 0"),
+        ({"noise_level": 0}, "rollout.noise_level=0.0 must be above 0"),
+        ({"guidance": -1}, "rollout.guidance=-1.0 is below its least value 0"),
+        ({"window_every": 0}, "rollout.window_every=0 is below its least value 1"),
+        ({"shortcut": -1}, "rollout.shortcut=-1 is below its least value 0"),
+        ({"kernel": "ode"}, "unknown value of rollout.kernel: 'ode'"),
+        ({"window": "last"}, "unknown value of rollout.window: 'last'"),
+        ({"window": "first"}, r"rollout.window=first needs rollout.window_size in 1..9 \(it is 0\)"),
+        (
+            {"window": "first", "window_size": 10},
+            r"in 1..9 \(it is 10\).* rollout.steps=10 are noisy, and never the last",
+        ),
+        ({"window": "sliding", "window_size": 4, "steps": 4}, "rollout.window=sliding needs"),
+        ({"window": "random"}, "rollout.window=random needs"),
+        ({"window_size": 3}, "rollout.window=all makes every step but the last noisy, and rollout.window_size=3"),
+        (
+            {"window": "active", "window_size": 3},
+            "window=active makes as many of the first steps as are worth it noisy",
+        ),
+        ({"shortcut": 2}, "rollout.shortcut=2 takes the place .*rollout.window=all is none"),
+        ({"shortcut": 2, "window": "sliding", "window_size": 3}, "rollout.window=sliding is none"),
+        ({"guidance_rescale": True}, "guidance_rescale=true rescales nothing"),
+    ],
+)
+def test_a_schedule_that_contradicts_itself_is_a_sentence(rollout, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        flow(**rollout)
+
+
+@pytest.mark.parametrize(
+    "rollout",
+    [
+        {"steps": 1, "eval_steps": 1},
+        {"window": "first", "window_size": 9, "shortcut": 2},
+        {"window": "active", "shortcut": 1},
+        {"window": "sliding", "window_size": 1, "steps": 2},
+        {"guidance": 4, "guidance_rescale": True},
+    ],
+)
+def test_a_schedule_at_its_limits_is_taken(rollout):
+    assert flow(**rollout).rollout == FlowRollout(**rollout)
+
+
+@pytest.mark.parametrize(
+    ("optim", "sentence"),
+    [
+        ({"ema": 1}, r"optim.ema=1.0 must lie in \[0, 1\)"),
+        ({"ema": -0.1}, "optim.ema=-0.1 is below its least value 0"),
+        ({"micro_steps": 0}, "optim.micro_steps=0 is below its least value 1"),
+    ],
+)
+def test_averages_and_chunks_have_limits(optim, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        resolve(FLOW, {"optim": optim})
 
 
 def test_a_missing_file_and_an_unknown_task_name_what_there_is(config, tmp_path):
@@ -114,8 +212,13 @@ def test_a_missing_file_and_an_unknown_task_name_what_there_is(config, tmp_path)
         load(APP, tmp_path / "huge.yaml")
     with pytest.raises(ConfigError, match="unknown TASK 'hards'; did you mean 'hard'"):
         config(task="hards")
+    variants = SimpleNamespace(**vars(APP) | {"variants": {"harder": APP}})
+    with pytest.raises(
+        ConfigError, match=r"unknown TASK 'harde'; did you mean 'harder'\? \(known: easy, hard, harder\)"
+    ):
+        load(variants, tmp_path / "tiny.yaml", task="harde")
     with pytest.raises(ConfigError, match="app toy has no TASK= to choose"):
-        load(SimpleNamespace(name="toy", options=Options, tasks={}), tmp_path / "tiny.yaml", task="hard")
+        load(SimpleNamespace(**vars(APP) | {"tasks": {}}), tmp_path / "tiny.yaml", task="hard")
 
 
 @pytest.mark.parametrize("name", sorted(OWNED))

@@ -81,7 +81,10 @@ def test_log_probabilities_are_those_of_the_noise_that_was_added():
     for t in range(3):
         sigma, after = state["sigma"][:, t], state["after"][:, t]
         mean, std = policy.kernel.step(
-            state["x"][:, t], policy.net.velocity(state["x"][:, t], sigma, {"image": state["condition/image"]}), sigma, after
+            state["x"][:, t],
+            policy.net.velocity(state["x"][:, t], sigma, {"image": state["condition/image"]}),
+            sigma,
+            after,
         )
         drawn = ((state["x"][:, t + 1] - mean) / std).detach()
         expected = (-(drawn**2) / 2).flatten(1).mean(1) - std.flatten().log() - 0.5 * math.log(2 * math.pi)
@@ -153,7 +156,7 @@ def test_guidance_is_linear_and_its_free_branch_has_no_gradient():
     x = torch.randn(1, 6)
     policy = FlowPolicy(net, rollout(guidance=3.0))
     v = policy.velocity(x, 0.5, given)
-    conditional, free = net.velocity(x, torch.tensor([0.5]), given), net.velocity(x, torch.tensor([0.5]), net.unconditional(given))
+    conditional, free = (net.velocity(x, torch.tensor([0.5]), part) for part in (given, net.unconditional(given)))
     torch.testing.assert_close(v, free + 3 * (conditional - free))
     slope = torch.autograd.grad(v.sum(), net.weight)[0]
     torch.testing.assert_close(slope, 3 * x.sum())

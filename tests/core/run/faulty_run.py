@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 import psutil
 
-APPS = Path(__file__).parent / "faulty_apps"
+APPS = [str(Path(__file__).parent / name) for name in ("faulty_apps", "flow_apps")]
 RUN = Path("runs/faulty/tiny-s0")
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pytest", "core.run.train"])
+FORKS.set_forkserver_preload(["pytest", "core.run.train", "core.run.language", "core.run.flow"])
 
 
 class Event(NamedTuple):
@@ -46,13 +46,13 @@ class Ended(NamedTuple):
 
 
 class Command:
-    """`python -P -m core.main train --app faulty ...`, started in the folder `home`."""
+    """`python -P -m core.main train --app <app> ...`, started in the folder `home`."""
 
-    def __init__(self, home: Path, *arguments: str, events: tuple[Event, ...] = ()):
+    def __init__(self, home: Path, *arguments: str, events: tuple[Event, ...] = (), app: str = "faulty"):
         self._said = [home / f"{stream}-{time.monotonic_ns()}.txt" for stream in ("out", "error")]
         for path in self._said:
             path.touch()
-        arguments = ["train", "--app", "faulty", *arguments]
+        arguments = ["train", "--app", app, *arguments]
         self.process = FORKS.Process(target=_main, args=(home, self._said, arguments, events))
         self.process.start()
 
@@ -69,8 +69,8 @@ class Command:
         return Ended(self.process.exitcode, self.out, self._said[1].read_text(errors="replace"))
 
 
-def command(home: Path, *arguments: str, events: tuple[Event, ...] = ()) -> Ended:
-    return Command(home, *arguments, events=events).end()
+def command(home: Path, *arguments: str, **more: Any) -> Ended:
+    return Command(home, *arguments, **more).end()
 
 
 def _main(home: Path, said: list[Path], arguments: list[str], events: tuple[Event, ...]) -> None:
@@ -83,7 +83,7 @@ def _main(home: Path, said: list[Path], arguments: list[str], events: tuple[Even
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
     import apps
 
-    apps.__path__.append(str(APPS))
+    apps.__path__ += APPS
     for event in events:
         _arrange(event)
     sys.argv = ["core.main", *arguments]

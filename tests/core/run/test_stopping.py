@@ -236,8 +236,10 @@ def test_what_one_rank_alone_meets_ends_all_in_its_one_sentence(tmp_path):
 
 # accelerate takes FSDP only where there are GPUs; told to all the same, it and torch run it over gloo.
 FSDP_ON_CPUS = """
-import os
-if "RANK" in os.environ:
+import os, sys
+if "core.main" not in sys.orig_argv:  # a reward's worker, which has no memory to spare for torch
+    pass
+elif "RANK" in os.environ:
     import accelerate.state as state
     from accelerate.utils import DistributedType
     import core.run.train as train

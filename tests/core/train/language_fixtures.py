@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCau
 from trl import GRPOConfig, GRPOTrainer
 
 from core import config as configs
-from core.config import Config, Optim, Rollout, Run
+from core.config import Config, LanguageRollout, Optim, Run
 from core.objective.recipes import RECIPES
 from core.policy.tiny import build_model
 from core.pool import Limits, Pool
@@ -62,7 +62,7 @@ def settings(steps=4, prompts=2, group=4, micro=4, parts=1, passes=2, lr=1e-2, s
     rollout = {"prompts_per_step": prompts, "group_size": group, "steps_per_batch": parts, "iterations": passes}
     return Config(
         task=None,
-        rollout=Rollout(**rollout, max_completion_length=8),
+        rollout=LanguageRollout(**rollout, max_completion_length=8),
         optim=Optim(steps=steps, lr=lr, micro_batch=micro),
         run=Run(seed=seed, control=control, save_every=1),
         trainer={"gradient_checkpointing": False, "save_strategy": "no"} | trainer,

@@ -13,7 +13,10 @@ from core.objective.recipes import RECIPES, build
 from core.train.trajectory import PROVIDES
 
 FLOWS = sorted(name for name, recipe in RECIPES.items() if recipe.needs <= PROVIDES)
-OPTIONS = {"epsilon_low": 0.2, "epsilon_high": 0.2, "gate": "bright", "quality": "smooth", "answers": "smooth", "success": 0.5, "correct": 0.5, "beta": 0.1}
+OPTIONS = {
+    "epsilon_low": 0.2, "epsilon_high": 0.2, "gate": "bright", "quality": "smooth", "answers": "smooth", "success": 0.5,
+    "correct": 0.5, "beta": 0.1,
+}  # fmt: skip
 
 
 def options(name):
@@ -45,7 +48,7 @@ def gradients(recipe, tmp_path, steps=2, double=True, rollout=None, rewards=None
 
 
 def largest(one, two):
-    """The largest difference, relative to the largest entry of its tensor; a bias before a norm has gradient 0 but for rounding."""
+    """The largest difference, relative to the largest entry of its tensor; before a norm a bias has none but for rounding."""
     least = 1e-6 * max(float(part.abs().max()) for part in one.values())
     return max(float((one[k] - two[k]).abs().max() / one[k].abs().max().clamp(min=least)) for k in one)
 
@@ -64,7 +67,9 @@ def test_the_first_gradient_is_reinforce_by_hand(tmp_path):
     rollout = rollout_of(window="first", window_size=3)
     seen = Gradients()
     config = settings(steps=1, rollout=rollout)
-    made = trainer({"recipe": "grpo", "eps": 0.0}, config, tmp_path, policy(double=True, **vars(rollout)), callbacks=[seen])
+    made = trainer(
+        {"recipe": "grpo", "eps": 0.0}, config, tmp_path, policy(double=True, **vars(rollout)), callbacks=[seen]
+    )
     twin = policy(double=True, **vars(rollout))
     chosen = made._prompts(0)
     made.train()
@@ -144,7 +149,9 @@ def test_recipes_learn_on_flows(name, tmp_path):
 def test_a_resumed_run_ends_with_the_same_bits(stop, tmp_path):
     """Also in the middle of a generation batch, and in a later epoch (twelve rows, four a batch: three batches)."""
     rollout = rollout_of(steps_per_batch=2, iterations=1, window="active")
-    config = settings(steps=8, lr=0.02, ema=0.9, rollout=rollout, save_strategy="steps", optim="adamw_torch", save_total_limit=9)
+    config = settings(
+        steps=8, lr=0.02, ema=0.9, rollout=rollout, save_strategy="steps", optim="adamw_torch", save_total_limit=9
+    )
 
     def run(folder, checkpoint=None):
         made = trainer({"recipe": "grpo"}, config, folder, policy(**vars(rollout)))
@@ -194,7 +201,9 @@ def test_what_could_not_be_judged_carries_no_weight(tmp_path):
     rows = [row for row in ROWS if row["id"] in ("row-3", "row-5")]
     seen = {}
     config = settings(steps=1, rollout=rollout_of())
-    made = trainer({"recipe": "grpo"}, config, tmp_path, rewards=rewards, rows=rows, on_rollouts=lambda step, c: seen.update(c))
+    made = trainer(
+        {"recipe": "grpo"}, config, tmp_path, rewards=rewards, rows=rows, on_rollouts=lambda step, c: seen.update(c)
+    )
     made.train()
     kept = dict.fromkeys(("row-3", "row-5"), 0)
     for row, keep in zip(seen["prompt_id"], seen["keep"], strict=True):
@@ -211,7 +220,9 @@ def test_dense_rewards_end_with_the_output_itself(tmp_path):
     assert len(acted.estimates) == 3
     for last, output in zip(acted.estimates[-1], acted.outputs, strict=True):
         assert np.array_equal(last, output)
-    errors = [np.mean([np.abs(e - o).mean() for e, o in zip(step, acted.outputs, strict=True)]) for step in acted.estimates]
+    errors = [
+        np.mean([np.abs(e - o).mean() for e, o in zip(step, acted.outputs, strict=True)]) for step in acted.estimates
+    ]
     assert errors[0] > errors[1] > errors[2] == 0, "a later decision promises the output better"
 
 

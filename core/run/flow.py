@@ -1,0 +1,246 @@
+"""Runs of flow policies: completions are pictures, made by the ODE from one fixed noise a row."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from transformers import set_seed
+
+from core.app import App, Row
+from core.config import Batch, Config, ConfigError
+from core.objective.recipes import Recipe
+from core.policy.flow import FlowPolicy, load_net
+from core.run import media
+from core.run.actor import Actor, Requests
+from core.run.folder import RunFolder
+from core.run.progress import Progress
+from core.run.requests import read_pictures
+from core.train import trajectory
+from core.train.flow_matching import imitate
+from core.train.warmup import quiet
+
+if TYPE_CHECKING:
+    from core.run.evaluate import Judge
+
+UNSAID = 0.1  # share of a warm start's rows without their instruction, if the policy will be guided (arXiv 2207.12598)
+
+
+@dataclass(frozen=True)
+class FlowActor(Actor):
+    """model: a FlowPolicy. Completions are pictures, float32 (H, W, 3) in [0, 1]."""
+
+    model: FlowPolicy
+
+    @classmethod
+    def refuse(cls, app: App, config: Config, batch: Batch, recipe: Recipe, weights: Mapping[str, float]) -> None:
+        rollout = config.rollout
+        if rollout.steps == 1 and "renoised" not in recipe.needs:
+            raise ConfigError(
+                f"rollout.steps=1 leaves recipe {recipe.name} no decision: the last step is never noisy. Use 2 or more, or a "
+                f"recipe without noisy steps (make recipes; those that need 'renoised')"
+            )
+        try:
+            policy = FlowPolicy(torch.nn.Identity(), rollout)
+            noisy = rollout.window_size if rollout.window == "first" else rollout.steps - 1
+            for sigma, after in pairwise(policy.schedule.sigmas[: noisy + 1]):
+                policy.kernel.std(sigma, after)
+        except ValueError as error:
+            raise ConfigError(f"rollout: {error}") from error
+        with quiet():
+            trajectory.check(config, batch, recipe, weights, app.outcome)
+
+    @classmethod
+    def refuse_few(cls, rows: int, batch: Batch) -> None:
+        needed = batch.prompts * batch.steps_per_batch
+        if rows < needed:
+            raise ConfigError(
+                f"{rows} training rows are fewer than the {needed} of one generation batch (prompts_per_step={batch.prompts} x "
+                f"steps_per_batch={batch.steps_per_batch}). Lower rollout.prompts_per_step or give more data"
+            )
+
+    @classmethod
+    def warnings(cls, config: Config) -> list[str]:
+        model = config.model
+        if model.dtype == "bfloat16" and model.path != "tiny" and not model.lora_rank and config.optim.lr < 1e-4:
+            return [
+                f"model.dtype=bfloat16 trains all weights in bfloat16, whose steps are 1/256 of a weight: at optim.lr="
+                f"{config.optim.lr:g} most updates round to nothing. Use model.dtype=float32 or model.lora_rank=32"
+            ]
+        return []
+
+    @classmethod
+    def _of(cls, app: App, config: Config, path: str | Path) -> Self:
+        net = load_net(config.model, path, app.acts.build)
+        return cls(app, config, FlowPolicy(net, config.rollout, half=config.model.dtype == "bfloat16"))
+
+    @classmethod
+    def load(cls, app: App, config: Config, path: str | Path | None = None) -> Self:
+        return cls._of(app, config, path or config.model.path)
+
+    @classmethod
+    def build(cls, app: App, config: Config, rows: Sequence[Row], labels: Sequence[np.ndarray]) -> Self:
+        set_seed(config.run.seed)
+        return cls._of(app, config, "tiny")
+
+    @classmethod
+    def _unsaid(cls, config: Config) -> float:
+        return UNSAID if config.rollout.guidance != 1 else 0.0
+
+    @classmethod
+    def start_needs(cls, config: Config) -> list[Any]:
+        return [cls._unsaid(config)]
+
+    def imitate(
+        self,
+        rows: Sequence[Row],
+        labels: Sequence[np.ndarray],
+        output: Path,
+        on_log: Callable[[int, dict[str, float]], None],
+    ) -> None:
+        warmup = self.config.warmup
+        try:
+            imitate(
+                self.model.net,
+                [self.app.acts.condition(row) for row in rows],
+                labels,
+                steps=warmup.steps,
+                batch_size=warmup.batch_size,
+                lr=warmup.lr,
+                seed=self.config.run.seed,
+                on_log=on_log,
+                drop_text=self._unsaid(self.config),
+            )
+        except FloatingPointError as error:
+            raise ConfigError(str(error)) from error
+
+    def save(self, folder: Path, weights: Any = None) -> None:
+        self.model.save(folder)
+
+    @property
+    def how(self) -> str:
+        return f"in {self.config.rollout.eval_steps} ODE steps"
+
+    def _generate(self, rows: Sequence[Row], places: Sequence[int], draw: int) -> list[np.ndarray]:
+        """Answer number `draw` to each row; what it starts from depends on the run's seed, the row's place and `draw` alone."""
+        size, made = self.config.evaluate.batch_size, {}
+        for first in range(0, len(rows), size):  # conditions are read when needed: pictures take memory
+            alike = defaultdict(list)  # a net takes pictures of one size at a time
+            for i in range(first, min(first + size, len(rows))):
+                condition = self.app.acts.condition(rows[i])
+                alike[tuple(np.shape(value) for value in condition.values())].append((i, condition))
+            for batch in alike.values():
+                outputs = self.model.generate(
+                    [condition for _, condition in batch],
+                    seeds=[(self.config.run.seed * 1009 + draw) * 1_000_003 + places[i] for i, _ in batch],
+                    steps=self.config.rollout.eval_steps,
+                    batch_size=size,
+                )
+                made |= zip((i for i, _ in batch), outputs, strict=True)
+        return [made[i] for i in range(len(rows))]
+
+    def complete(self, rows: Sequence[Row], places: Sequence[int]) -> tuple[list[np.ndarray], list[bool]]:
+        return self._generate(rows, places, 0), [False] * len(rows)
+
+    def draws(self, rows: Sequence[Row], places: Sequence[int], count: int) -> list[list[np.ndarray]]:
+        """From other noise."""
+        return [self._generate(rows, places, draw) for draw in range(1, count + 1)]
+
+    def fitting(self, rows: Sequence[Row], progress: Progress) -> list[Row]:
+        return list(rows)
+
+    def trainer(
+        self,
+        rows: Sequence[Row],
+        judge: Judge,
+        recipe: Recipe,
+        batch: Batch,
+        folder: RunFolder,
+        callbacks: Sequence[Any],
+    ) -> trajectory.TrajectoryTrainer:
+        def on_rollouts(step: int, columns: dict[str, list]) -> None:
+            outputs = columns.pop("output")
+            names = [f"samples/rollouts/step-{step:06d}-{i:02d}.png" for i in range(len(outputs))]
+            for i, output in enumerate(outputs):
+                if output is not None:
+                    columns["completion"][i] = media.write_picture(folder, names[i], output)
+            folder.log_rollouts(step, columns)
+
+        return trajectory.TrajectoryTrainer(
+            policy=self.model,
+            condition=self.app.acts.condition,
+            rows=rows,
+            scorer=judge.rewards,
+            weights=judge.weights,
+            outcome=self.app.outcome,
+            recipe=recipe,
+            config=self.config,
+            batch=batch,
+            output=folder.path / "checkpoints",
+            on_rollouts=on_rollouts,
+            on_not_finite=lambda step, rows: folder.write_json(f"samples/not-finite-{step:06d}.json", rows),
+            callbacks=callbacks,
+        )
+
+    def keep(self, folder: RunFolder, name: str, completions: Sequence[np.ndarray]) -> list[str]:
+        return [
+            media.write_picture(folder, f"samples/{name}/{i:05d}.png", completion)
+            for i, completion in enumerate(completions)
+        ]
+
+    def kept(self, folder: RunFolder, texts: Sequence[str]) -> list[np.ndarray]:
+        return [media.read_picture(folder.path / text) for text in texts]
+
+    def form(self) -> dict[str, Any]:
+        rollout = self.config.rollout
+        return {
+            "steps": rollout.eval_steps,
+            "shift": rollout.shift,
+            "guidance": rollout.guidance,
+            "guidance_rescale": rollout.guidance_rescale,
+        }
+
+    @property
+    def card(self) -> str:
+        name, settings = self.app.name, self.config.model
+        chosen = repr(name) + (f", {self.app.variant!r}" if self.app.variant else "")
+        asked = {key: value for key, value in self.form().items() if key != "steps"}
+        task = f" TASK={self.app.variant}" if self.app.variant else ""
+        return f"""\
+    from core import app, config
+    from core.policy.flow import FlowPolicy, load_net
+    acts = app.find({chosen}).acts
+    model = config.Model(path={settings.path!r}, lora_rank={settings.lora_rank}, lora_alpha={settings.lora_alpha})
+    policy = FlowPolicy(load_net(model, ".", acts.build), config.FlowRollout(**{asked}))
+    pictures = policy.generate([acts.condition(row)], seeds=[0], steps={self.config.rollout.eval_steps})
+
+Without Python: `make predict APP={name}{task} MODEL=<this folder> INPUT=<folder of pictures> OUTPUT=<folder>`.
+"""
+
+    @classmethod
+    def requests(cls, app: App, source: Path, target: Path) -> tuple[Requests, list[Row]]:
+        """A folder of pictures, see core/run/requests.py."""
+        if not source.is_dir():
+            raise ConfigError(f"INPUT={source} is no folder; give one with pictures and their instructions")
+        if target.exists() and (not target.is_dir() or target.samefile(source)):
+            raise ConfigError(f"OUTPUT={target} is a file, or INPUT= itself; give the name of another folder")
+        return read_pictures(app, source)
+
+    def answer(self, requests: Requests, completions: Sequence[np.ndarray], target: Path) -> None:
+        """<id>.png each, and predictions.jsonl."""
+        folder = RunFolder(target)
+        lines = [
+            json.dumps(
+                request | {"prediction": media.write_picture(folder, f"{request['id']}.png", picture)},
+                ensure_ascii=False,
+            )
+            for request, picture in zip(requests, completions, strict=True)
+        ]
+        folder.write_text("predictions.jsonl", "\n".join(lines) + "\n")

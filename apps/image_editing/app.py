@@ -30,7 +30,7 @@ class EditOptions:
     """The `task:` section of editing."""
 
     detector: str = "palette"  # what finds the object: its colour among the scene's, or the folder of a detector
-    mistakes: float = 0.5  # share of demonstrations that show another edit of the same scene
+    mistakes: float = 0.4  # share of demonstrations that show another edit of the same scene
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ APP = App(
     ),
     options=EditOptions,
     load=edit_folder.load,
-    write_offline=scenes.write_edits,
+    write_offline=lambda folder, seed: scenes.write_edits(folder, seed, train_rows=2400),
     demonstrations=mistaken,
     gold=target,
     rewards={"edit": (1.0, rewards.edit)},

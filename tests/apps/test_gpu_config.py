@@ -1,4 +1,4 @@
-"""Every language app's gpu.yaml as far as a CPU goes: a small random Qwen2 in a folder, LoRA, three steps; the adapter is used after.
+"""Every language app's gpu.yaml as far as a CPU goes: a small random Qwen2, LoRA, three steps; the adapter is used after.
 
 Only what a CPU cannot do is overridden: the sampler (vLLM), the GPU itself, and sizes.
 """

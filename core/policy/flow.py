@@ -69,8 +69,8 @@ class FlowNet(Protocol):
 class FlowPolicy(nn.Module):
     """A net with the way it is sampled; see the module docstring.
 
-    half: compute velocities in bfloat16, in rollouts and in `forward` alike. Raises ValueError for a window that leaves no
-    noisy step.
+    half: compute velocities in bfloat16, in rollouts and in `forward` alike. Raises ValueError for steps, a shift or a noise
+    level that Schedule or Kernel refuse; a window is only looked at when it is used.
     """
 
     def __init__(self, net: nn.Module, rollout: FlowRollout, half: bool = False):
@@ -87,10 +87,18 @@ class FlowPolicy(nn.Module):
         """Stays in evaluation mode: dropout would make the first ratio differ from 1."""
         return super().train(False)
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """What trainer.gradient_checkpointing calls. Raises ConfigError if the net cannot."""
+        if not hasattr(self.net, "gradient_checkpointing_enable"):
+            raise ConfigError(
+                f"trainer.gradient_checkpointing=true: a {type(self.net).__name__} cannot compute its blocks again; remove it"
+            )
+        self.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
     # -- acting ---------------------------------------------------------------------------------------------------------
 
     def window(self, batch: int) -> range:
-        """The noisy steps of a generation batch, counted from 0."""
+        """The noisy steps of a generation batch, counted from 0. Raises ValueError for a window that does not fit."""
         settings = self.settings
         if settings.window == "active":
             if self.active is None:
@@ -128,13 +136,13 @@ class FlowPolicy(nn.Module):
             window = range(len(self.schedule))
         window = self.window(batch) if window is None else window
         path = self.schedule if "renoised" in asks else self.path(window)
-        noise = [self._noise(shape, group_size, seed, len(window)) for seed in seeds]
-        parts = []
+        drawn = (self._noise(shape, group_size, seed, len(window), "renoised" in asks) for seed in seeds)
+        noise = [torch.cat(groups) for groups in zip(*drawn, strict=True)]
+        make, parts = self._renoised if "renoised" in asks else self._noisy, []
         for rows in slices(count, batch_size):
             given = {name: part[rows] for name, part in condition.items()}
-            start, steps = (torch.cat(drawn)[rows].to(**self._like) for drawn in zip(*noise, strict=True))
-            make = self._renoised if "renoised" in asks else self._noisy
-            parts.append(make(given, start, steps, path, window, asks))
+            start, added = (part[rows].to(**self._like) for part in noise)
+            parts.append(make(given, start, added, path, window, asks))
         return joined(parts)
 
     @property
@@ -143,15 +151,20 @@ class FlowPolicy(nn.Module):
         weight = next(self.net.parameters())
         return {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
 
-    def _noise(self, shape: tuple[int, ...], group_size: int, seed: int, steps: int) -> tuple[Tensor, Tensor]:
-        """Of one group: where it starts, (G, ...), and what is added at each noisy step, (G, T, ...)."""
+    def _noise(
+        self, shape: tuple[int, ...], group_size: int, seed: int, steps: int, common: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Of one group: where it starts, (G, ...), and what is added at each step, (G, T, ...), `common` to all or not."""
         generator = torch.Generator().manual_seed(seed)
         if self.settings.shared_noise:
             start = torch.randn(1, *shape, generator=generator).expand(group_size, *shape)
         else:
             start = torch.randn(group_size, *shape, generator=generator)
-        added = [draw((group_size, *shape), group_size, generator, self.settings.antithetic) for _ in range(steps)]
-        return start, torch.stack(added, dim=1) if added else start.new_zeros(group_size, 0, *shape)
+        if common:  # a forward-process loss compares a group: noise of their own would only blur what differs
+            added = [torch.randn(1, *shape, generator=generator).expand(group_size, *shape) for _ in range(steps)]
+        else:
+            added = [draw((group_size, *shape), group_size, generator, self.settings.antithetic) for _ in range(steps)]
+        return start, torch.stack(added, dim=1)
 
     def _noisy(self, given, start, added, path: Schedule, window: range, asks) -> Trajectory:
         """Rollouts of some rows: the ODE outside the window, noise inside it."""
@@ -182,7 +195,7 @@ class FlowPolicy(nn.Module):
             **{f"{GIVEN}{name}": part for name, part in given.items()},
         }
         if self.settings.equalize:
-            scale = equalizer(self.kernel, path)[window.start : window.stop]
+            scale = equalizer(self.kernel, self.schedule)[window.start : window.stop]  # a shortcut is no decision
             state["weight"] = scale.to(x).expand(count, -1)
         if means:
             state["mean"] = torch.stack(means, dim=1)
@@ -190,30 +203,25 @@ class FlowPolicy(nn.Module):
             torch.stack(logps, dim=1), x.new_ones(count, len(window)), state, outputs, estimates if estimates else None
         )
         if "divergence" in asks:
-            at = (state["x"][:, :-1].flatten(0, 1), state["sigma"].flatten(), repeated(given, len(window)))
-            state["reference"] = self.reference_velocity(*at).view(count, len(window), *x.shape[1:])
+            at = zip(states[:-1], path.sigmas[window.start : window.stop], strict=True)
+            state["reference"] = torch.stack([self.reference_velocity(*one, given) for one in at], dim=1)
         return trajectory
 
     def _renoised(self, given, start, added, path: Schedule, window: range, asks) -> Trajectory:
         """Rollouts of some rows by the ODE, and their ends on the way back: noised again at each sigma of the window."""
-        prior = self.net.prior(given)
+        prior, sigmas = self.net.prior(given), path.sigmas[window.start : window.stop]
         clean = self._ode(prior.start(start), path, given)
-        count, steps = len(clean), len(window)
-        sigma = clean.new_tensor(path.sigmas[window.start : window.stop]).expand(count, -1)
-        many = repeated(given, steps)
-        ends = self.net.prior(many)
-        noised = ends.noised(clean.repeat_interleave(steps, 0), added.flatten(0, 1), sigma.flatten())
-        at = (noised, sigma.flatten(), many)
-        shape = (count, steps, *clean.shape[1:])
+        noised = [prior.noised(clean, added[:, t], sigma) for t, sigma in enumerate(sigmas)]
+        at = list(zip(noised, sigmas, strict=True))
         state = {
             "clean": clean,
-            "noised": noised.view(shape),
-            "sigma": sigma,
-            "old": self.velocity(*at).view(shape),
-            "reference": self.reference_velocity(*at).view(shape),
+            "noised": torch.stack(noised, dim=1),
+            "sigma": clean.new_tensor(sigmas).expand(len(clean), -1),
+            "old": torch.stack([self.velocity(*one, given) for one in at], dim=1),
+            "reference": torch.stack([self.reference_velocity(*one, given) for one in at], dim=1),
             **{f"{GIVEN}{name}": part for name, part in given.items()},
         }
-        zeros = clean.new_zeros(count, steps)
+        zeros = clean.new_zeros(len(clean), len(window))
         return Trajectory(zeros, torch.ones_like(zeros), state, self.net.decode(clean, given))
 
     def _ode(self, x: Tensor, path: Schedule, given: Condition) -> Tensor:
@@ -268,6 +276,7 @@ class FlowPolicy(nn.Module):
             extras["divergence"] = rows(divergence(mean, reference, std, valid, form, dt=sigma - after))
         if "mean" in state:
             old = state["mean"][:, steps].flatten(0, 1)
+            extras["mean"] = mean.detach().view(count, width, *mean.shape[1:])
             extras["drift"] = rows(divergence(mean, old, std, valid))
             extras["std"] = rows(std.flatten())
             extras["dt"] = rows(sigma - after)
@@ -277,16 +286,18 @@ class FlowPolicy(nn.Module):
     def _denoised(self, state: Mapping[str, Tensor], given: Condition, steps: slice) -> Decisions:
         """What a forward-process loss compares: velocities at the noised outputs, flattened to (B, t, D)."""
         noised, sigma = state["noised"][:, steps], state["sigma"][:, steps]
-        count, width = sigma.shape
-        v = self.velocity(noised.flatten(0, 1), sigma.flatten(), repeated(given, width))
+        v = self.velocity(noised.flatten(0, 1), sigma.flatten(), repeated(given, sigma.shape[1]))
         extras = {
-            "velocity": v.view(count, width, -1),
-            "old_velocity": state["old"][:, steps].flatten(2),
-            "ref_velocity": state["reference"][:, steps].flatten(2),
-            "noised": noised.flatten(2),
-            "clean": state["clean"].flatten(1).unsqueeze(1).expand(count, width, -1),
-            "sigma": sigma,
+            "velocity": v.view(noised.shape),
+            "old_velocity": state["old"][:, steps],
+            "ref_velocity": state["reference"][:, steps],
+            "noised": noised,
+            "clean": state["clean"].unsqueeze(1).expand(noised.shape),
         }
+        if "valid" in given:  # padding, all zeros, has no error
+            valid = given["valid"].bool().unsqueeze(1)
+            extras = {name: torch.where(valid, part, 0.0) for name, part in extras.items()}
+        extras = {name: part.flatten(2) for name, part in extras.items()} | {"sigma": sigma}
         return Decisions(torch.zeros_like(sigma), extras=extras)
 
     def velocity(self, x: Tensor, sigma: Tensor | float, given: Condition, net: nn.Module | None = None) -> Tensor:
@@ -316,7 +327,7 @@ class FlowPolicy(nn.Module):
             self._reference[:] = [copy.deepcopy(self.net).requires_grad_(False)]
 
     @torch.no_grad()
-    def reference_velocity(self, x: Tensor, sigma: Tensor, given: Condition) -> Tensor:
+    def reference_velocity(self, x: Tensor, sigma: Tensor | float, given: Condition) -> Tensor:
         """The velocity of the policy as it was before training."""
         if self._reference:
             return self.velocity(x, sigma, given, self._reference[0])
@@ -327,12 +338,13 @@ class FlowPolicy(nn.Module):
         return {name: p for name, p in self.net.named_parameters() if p.requires_grad}
 
     def average(self, decay: float) -> None:
-        """Moves the averaged weights towards those of now by 1 - decay; the first call copies them."""
-        for name, now in self.trained().items():
-            if name in self._averaged:
-                self._averaged[name].lerp_(now.detach(), 1 - decay)
-            else:
-                self._averaged[name] = now.detach().clone()
+        """Moves the averaged weights towards those of now by 1 - decay; the first call copies them.
+
+        They are float32 at least: in bfloat16 a thousandth of the way rounds to none.
+        """
+        for name, p in self.trained().items():
+            now = p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+            self._averaged[name] = self._averaged[name].lerp_(now, 1 - decay) if name in self._averaged else now
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

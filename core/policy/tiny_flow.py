@@ -18,6 +18,7 @@ the whole map; two channels of coordinates tell positions apart.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import re
 import zlib
@@ -181,11 +182,17 @@ class TinyFlow(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @classmethod
     def load(cls, folder: Path, settings: Model) -> TinyFlow:
-        """The net that `save` wrote, with a new adapter if the settings ask for one and it has none."""
+        """The net that `save` wrote, its adapter merged into the weights; with a new adapter if the settings ask for one.
+
+        So `reference` is the net as it was loaded, whatever its adapter had learned before.
+        """
         net = cls.from_pretrained(folder)
         if (folder / adapter.FILE).exists():
             net.load_lora_adapter(folder, prefix=None, weight_name=adapter.FILE, adapter_name="default")
-        elif settings.lora_rank:
+            net.fuse_lora()
+            net.unload_lora()
+            net.requires_grad_(True)
+        if settings.lora_rank:
             adapter.add(net, settings)
         return net
 
@@ -194,9 +201,8 @@ class TinyFlow(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if not getattr(self, "peft_config", None):
             self.save_pretrained(folder)
             return
-        plain = {k.replace(".base_layer", ""): v for k, v in self.state_dict().items() if "lora_" not in k}
-        bare = TinyFlow.from_config(self.config)
-        bare.load_state_dict(plain)
+        bare = copy.deepcopy(self)  # a new net would draw random numbers, and saving must not change a run
+        bare.unload_lora()
         bare.save_pretrained(folder)
         self.save_lora_adapter(folder)
 
@@ -320,13 +326,15 @@ class Carry(nn.Module):
     def _turned(self, part: Tensor, cut: Tensor, weights: Tensor) -> Tensor:
         """The mixture of all turns of the part about the cut's centre; the first one is none."""
         rows, columns = (torch.linspace(-1, 1, n, device=part.device, dtype=part.dtype) for n in part.shape[2:])
-        places = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)  # (H, W, 2), x before y
+        unit = torch.tensor([1, (len(rows) - 1) / (len(columns) - 1)]).to(part)  # else turns stretch in oblong maps
+        places = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1) * unit  # (H, W, 2), x before y
         mass = cut.sum((1, 2, 3)) + 1e-4
         centre = torch.einsum("bhw,hwi->bi", cut[:, 0], places) / mass[:, None]
         back = torch.linalg.inv(self.turns[1:].float()).to(part)
         grid = torch.einsum("kij,bhwj->kbhwi", back, places - centre[:, None, None]) + centre[:, None, None]
         many = part.repeat(len(back), 1, 1, 1)
-        moved = functional.grid_sample(many, grid.flatten(0, 1), align_corners=True).unflatten(0, (len(back), -1))
+        moved = functional.grid_sample(many, (grid / unit).flatten(0, 1), align_corners=True)
+        moved = moved.unflatten(0, (len(back), -1))
         return weights[:, 0, None, None, None] * part + torch.einsum("bk,kbchw->bchw", weights[:, 1:], moved)
 
     def _shift(self, part: Tensor, weights: Tensor, axis: int) -> Tensor:

@@ -40,7 +40,8 @@ class Decisions:
     """Of t decisions of B rollouts, with gradient.
 
     logps: (B, t) nats. entropy: (B, t) nats. weight: (B, t), multiplies the surrogate and no regularizer.
-    extras: per-row tensors that the recipe's loss asked for in `needs` (first dimension B, second t).
+    extras: per-row tensors that the recipe's loss asked for in `needs` (first dimension B, second t). One that also stands in
+    the trajectory's `state` is what was so when it was sampled.
     """
 
     logps: Tensor

@@ -31,6 +31,7 @@ def imitate(
 ) -> nn.Module:
     """Train `net` (a flow net) in place to draw each condition's target.
 
+    conditions, targets: read and encoded batch by batch, so that a lazy sequence and a large encoder's output fit in memory.
     steps: optimizer steps (AdamW, 5 % warm-up, then a cosine to 0; gradients clipped to norm 1).
     drop_text: share of rows that get `net.unconditional` (guidance needs it).
     sigmas: where on the path the net is asked; logit_normal is the sigmoid of N(0, 1) (arXiv 2403.03206, section 3.1).
@@ -39,8 +40,6 @@ def imitate(
     if len(conditions) != len(targets) or not len(targets):
         raise ValueError(f"{len(conditions)} conditions and {len(targets)} targets; both must be equal and not 0")
     generator = torch.Generator().manual_seed(seed)
-    condition = net.encode(conditions)
-    x0s = net.encode_target(targets, condition)
     weights = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     warmup, report = max(1, steps // 20), max(1, steps // 20)
@@ -50,9 +49,10 @@ def imitate(
         rate = min(step / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (steps - warmup + 1))))
         optimizer.param_groups[0]["lr"] = lr * rate
         while len(order) < batch_size:
-            order = torch.cat([order, torch.randperm(len(x0s), generator=generator)])
-        rows, order = order[:batch_size].to(x0s.device), order[batch_size:]
-        x0, batch = x0s[rows], {name: tensor[rows] for name, tensor in condition.items()}
+            order = torch.cat([order, torch.randperm(len(targets), generator=generator)])
+        rows, order = order[:batch_size].tolist(), order[batch_size:]
+        batch = net.encode([conditions[row] for row in rows])
+        x0 = net.encode_target([targets[row] for row in rows], batch)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         sigma = torch.rand(batch_size, generator=generator)
         if sigmas == "logit_normal":

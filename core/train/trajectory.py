@@ -2,7 +2,8 @@
 
 One training step is one optimizer step, whole: where a new generation batch is due it is sampled, scored and given credit;
 then the step's groups go through `model.forward` in micro-batches of rows and chunks of decisions. The sum of a step is
-divided by counts of the whole step, so neither the split nor the number of ranks changes its gradient.
+divided by its share of what the whole generation batch keeps, so neither the split nor the number of ranks changes its
+gradient, and a kept rollout weighs the same in every update.
 
     generation batch, of one rank        update 1    update 2     (steps_per_batch=2; iterations=2 does both again)
     p0 p0 p0  p1 p1 p1  p2 p2 p2 ...  ->  p0 p0 p0  |  p1 p1 p1   whole groups, never shuffled: nothing needs it
@@ -19,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ import torch
 from accelerate.utils import gather
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from core import ranks
 from core.app import Row, unknown
@@ -97,7 +98,22 @@ def check(config: Config, batch: Batch, recipe: Recipe, weights: Mapping[str, fl
         recipe.rehearse(weights, outcome)
     except ValueError as error:
         raise ConfigError(f"objective: {error}") from error
-    size = batch.group
+    if str(reduction := recipe.options.get("reduction")).endswith("_local"):
+        raise ConfigError(
+            f"objective.reduction={reduction} of recipe {recipe.name} depends on how a step is split; use token_mean or "
+            f"sequence_mean"
+        )
+    rollout, size = config.rollout, batch.group
+    if "renoised" in recipe.needs and rollout.shared_noise:
+        raise ConfigError(
+            f"recipe {recipe.name} samples without noisy steps: with rollout.shared_noise=true all rollouts of a group are one; "
+            f"set rollout.shared_noise=false"
+        )
+    if rollout.window == "active" and not rollout.shared_noise:
+        raise ConfigError(
+            "rollout.window=active measures the spread that noisy steps make, which rollouts of different starts hide; set "
+            "rollout.shared_noise=true, or window=first with a window_size"
+        )
     if batch.prompts % batch.ranks:
         raise ConfigError(
             f"rollout.prompts_per_step={batch.prompts} does not divide over {batch.ranks} ranks; use a multiple of {batch.ranks}"
@@ -115,9 +131,19 @@ def check(config: Config, batch: Batch, recipe: Recipe, weights: Mapping[str, fl
     arguments(config, batch, Path())
 
 
+class _Average(TrainerCallback):
+    """Right after the optimizer's step, before evaluations and checkpoints: the averaged weights follow."""
+
+    def __init__(self, policy: FlowPolicy, decay: float):
+        self.policy, self.decay = policy, decay
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.policy.average(self.decay)
+
+
 @dataclass
 class _Update:
-    """One optimizer step's share of a generation batch on this rank: rows `rows`, and counts over all ranks."""
+    """One optimizer step's share of a generation batch on this rank: rows `rows`, and counts (core.objective.rows.Counts)."""
 
     rows: slice
     kept_rows: float
@@ -170,7 +196,7 @@ class TrajectoryTrainer(Trainer):
             model=policy,
             args=arguments(config, batch, output),
             train_dataset=[{"step": step} for step in range(config.optim.steps)],
-            callbacks=list(callbacks),
+            callbacks=[*([_Average(policy, config.optim.ema)] if config.optim.ema else []), *callbacks],
         )
         if self.args.n_gpu > 1:
             raise ConfigError(
@@ -215,7 +241,7 @@ class TrajectoryTrainer(Trainer):
             self.batch.group,
             [seed for _, seed in chosen],
             batch=generation,
-            batch_size=self.batch.micro,
+            batch_size=self._at_once,
             asks=self.asks,
         )
         if (self.policy.half or COUPLED & self.asks) and "renoised" not in self.asks:
@@ -226,19 +252,20 @@ class TrajectoryTrainer(Trainer):
         self.trajectory.outputs, self.trajectory.estimates = [], None
 
     def _weigh_again(self) -> None:
-        """Old log-probabilities from `forward`'s own batches: the shape of a batch changes the last digits.
+        """Old log-probabilities, and means, from `forward`'s own batches: the shape of a batch changes the last digits.
 
         In bfloat16 by more than a clip range; and a guard that asks whether a sequence became less likely takes a last digit
         for an answer.
         """
-        sampled = self.trajectory.logps
+        sampled, state = self.trajectory.logps, self.trajectory.state
         with torch.no_grad():
-            self.trajectory.logps = torch.cat(
-                [
-                    torch.cat([self.policy(self.trajectory.rows(rows), steps).logps for steps in self._chunks()], dim=1)
-                    for rows in slices(len(sampled), self.batch.micro)
-                ]
-            )
+            again = [
+                _joined([self.policy(self.trajectory.rows(rows), steps) for steps in self._chunks()])[0]
+                for rows in slices(len(sampled), self.batch.micro)
+            ]
+        self.trajectory.logps = torch.cat([part.logps.detach() for part in again])
+        for name in state.keys() & again[0].extras.keys():  # what an extra is compared with
+            state[name] = torch.cat([part.extras[name].detach() for part in again])
         self._log("sampler_deviation", float((self.trajectory.logps - sampled).abs().mean()))
 
     def _score(self, trajectory: Trajectory, rows: Sequence[Row]) -> tuple[Tensor, Tensor, list[dict[str, str]]]:
@@ -247,13 +274,14 @@ class TrajectoryTrainer(Trainer):
         dense = "aligned" in self.recipe.needs
         if dense and trajectory.estimates is None:
             raise ValueError(f"recipe {self.recipe.name} needs {NEEDS['aligned']}, and the policy gave no estimates")
-        values, failed = [], torch.zeros(len(many), dtype=torch.bool)
+        values, failed, metrics = [], torch.zeros(len(many), dtype=torch.bool), Counter()
         with ranks.together():
             for outputs in trajectory.estimates if dense else [trajectory.outputs]:
                 scores = self.scorer.score(outputs, many, self.batch.group)
                 values.append(torch.tensor(scores.values, dtype=torch.float32))
                 failed |= torch.tensor(scores.failed)
-        for name, value in scores.metrics.items():
+                metrics.update(scores.metrics)  # adds up
+        for name, value in metrics.items():
             self._log(name, float(value))
         rewards = torch.stack(values, dim=2) if dense else values[0]
         return rewards.to(self.args.device), failed.to(self.args.device), scores.reasons
@@ -290,8 +318,7 @@ class TrajectoryTrainer(Trainer):
             "keep": keep[mine],
             "group_id": (torch.arange(len(keep), device=keep.device) // size)[mine],
             **{f"extra/{name}": value[mine] for name, value in credit.extras.items()},
-            # (ranks, steps_per_batch): what each update keeps, over all ranks
-            "kept": keep.view(ranks.count(), self.batch.steps_per_batch, -1).sum((0, 2)),
+            "kept": keep.sum(),  # of the whole generation batch
         }
         for name, value in credit.metrics.items():
             self._log(name, float(value))
@@ -312,7 +339,7 @@ class TrajectoryTrainer(Trainer):
         unscored = failed | rewards[:, counted].isnan().all(1)
         total = (rewards * self.weights).nansum(1).masked_fill(unscored, math.nan)
         groups = total.view(-1, self.batch.group)
-        spread = torch.stack([group[~group.isnan()].std(correction=0) for group in groups]).nanmean()
+        spread = (groups - groups.nanmean(1, keepdim=True)).square().nanmean(1).sqrt().nanmean()
         self._log("reward", float(total.nanmean()))
         self._log("reward_std", float(spread))
         for k, name in enumerate(self.scorer.names):
@@ -342,19 +369,19 @@ class TrajectoryTrainer(Trainer):
         """window=active: how many steps are worth being noisy, by the spread of rewards that they make within groups.
 
         The policy of now is sampled with the first k steps noisy, for every k; the smallest k that keeps ENOUGH of the
-        greatest variance is taken (arXiv 2601.02356 keeps the steps of highest variance; the share is ours).
+        greatest variance is taken (arXiv 2601.02356 keeps the steps of highest variance; the share is ours), and all steps if
+        no rewards differ.
         """
         conditions, variance = [self.condition(row) for row in rows], []
         for k in range(1, len(self.policy.schedule)):
-            made = self.policy.rollout(
-                conditions, self.batch.group, seeds, batch_size=self.batch.micro, window=range(k)
-            )
+            made = self.policy.rollout(conditions, self.batch.group, seeds, batch_size=self._at_once, window=range(k))
             values, failed, _ = self._score(replace(made, estimates=[made.outputs]), rows)
             values = values if values.dim() == 2 else values[:, :, -1]
             total = (gather(values) * self.weights.to(values)).nansum(1).view(-1, self.batch.group)
             total = total[~gather(failed).view(total.shape).any(1)]
             variance.append(float(total.var(dim=1, correction=1).mean()) if len(total) else 0.0)
-        self.policy.active = next(k for k, v in enumerate(variance, 1) if v >= ENOUGH * max(variance))
+        enough = (k for k, v in enumerate(variance, 1) if v and v >= ENOUGH * max(variance))
+        self.policy.active = next(enough, len(variance))
         for k, value in enumerate(variance, 1):
             self._log(f"active/variance_{k}", value)
 
@@ -385,9 +412,14 @@ class TrajectoryTrainer(Trainer):
 
     def _update(self, part: int) -> _Update:
         share = len(self.trajectory.logps) // self.batch.steps_per_batch
-        kept = float(self.credit["kept"][part])
+        kept = float(self.credit["kept"]) / self.batch.steps_per_batch
         decisions = kept * self.trajectory.logps.shape[1]
         return _Update(slice(part * share, (part + 1) * share), kept, decisions)
+
+    @property
+    def _at_once(self) -> int:
+        """Rollouts sampled together: as many rows for the net as `forward` makes of a micro-batch, at most, with gradient."""
+        return self.batch.micro * (self.config.optim.micro_steps or max(1, self.config.rollout.steps - 1))
 
     def _chunks(self) -> list[slice]:
         return slices(self.trajectory.logps.shape[1], self.config.optim.micro_steps)
@@ -451,8 +483,6 @@ class TrajectoryTrainer(Trainer):
 
     def _value(self, loss: Loss) -> Tensor:
         """What is differentiated: ranks average their gradients, so each divides by its share of the count."""
-        if loss.local:
-            raise ConfigError("reduction *_local depends on how a step is split; use token_mean or sequence_mean")
         return loss.sum / (loss.count / self.accelerator.num_processes)
 
     def _note(self, loss: Loss, value: Tensor, rows: slice) -> None:
@@ -472,15 +502,6 @@ class TrajectoryTrainer(Trainer):
             model.zero_grad(set_to_none=True)
         self._log("skipped_updates", float(not allowed))
         return grad_norm
-
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        """After the optimizer's step, before anything is saved: the averaged weights follow."""
-        if self.config.optim.ema and self._averaged_step != self.state.global_step:
-            self.policy.average(self.config.optim.ema)
-            self._averaged_step = self.state.global_step
-        return super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    _averaged_step = 0
 
     # -- what is logged ---------------------------------------------------------------------------------------------------
 
@@ -510,7 +531,7 @@ class TrajectoryTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.policy.net.restore(Path(resume_from_checkpoint))
-        memory = torch.load(Path(resume_from_checkpoint) / MEMORY, map_location=self.args.device, weights_only=True)
+        memory = self._read(Path(resume_from_checkpoint) / MEMORY)
         self.policy.remember(memory)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -531,16 +552,22 @@ class TrajectoryTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         path = self._generation_file(checkpoint)
-        state = torch.load(path, map_location=self.args.device, weights_only=True) if path.exists() else {}
+        state = self._read(path) if path.exists() else {}
         written = ranks.gather([state.get("ranks", 0)])
         if set(written) != {ranks.count()}:
             raise ConfigError(
                 f"{checkpoint} was written by {max(written) or 'other'} ranks and this run has {ranks.count()}; a run goes on "
                 f"with as many as it began with (GPUS=), or starts again under another name (RUN=)"
             )
-        self._averaged_step = self.state.global_step
         if state["trajectory"] is not None:
             self.trajectory, self.credit = Trajectory(**state["trajectory"]), state["credit"]
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        device = self.args.device
+        place = (
+            device.type if device.type == "cpu" else device
+        )  # ranks without GPUs have cpu:0, which torch cannot load to
+        return torch.load(path, map_location=place, weights_only=True)
 
     @staticmethod
     def _generation_file(checkpoint: str) -> Path:

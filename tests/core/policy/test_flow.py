@@ -139,6 +139,24 @@ def test_a_shortcut_takes_fewer_calls_and_still_ends_at_zero():
     assert FlowPolicy(net, rollout(steps=10, shortcut=2)).path(range(3)).sigmas[-1] == 0
 
 
+def test_a_shortcut_leaves_the_equalizer_alone():
+    weight = [
+        tiny(steps=10, equalize=True, shortcut=cut).rollout(GIVEN[:1], 2, [5]).state["weight"] for cut in (0, 1, 2)
+    ]
+    assert torch.equal(weight[0], weight[1])
+    assert torch.equal(weight[0], weight[2])
+
+
+def test_no_pass_of_a_rollout_has_more_rows_than_asked_for():
+    policy, seen = FlowPolicy(Line(), rollout()), []
+    policy.keep_reference()
+    for net in (policy.net, policy._reference[0]):
+        net.velocity = lambda x, *rest, of=net.velocity: seen.append(len(x)) or of(x, *rest)
+    for asks in ({"divergence", "drift", "aligned"}, {"renoised"}):
+        policy.rollout([1.0, 2.0], 4, [3, 4], batch_size=3, asks=frozenset(asks))
+    assert set(seen) == {3, 2}
+
+
 def test_padding_does_not_count():
     net = Line()
     policy = FlowPolicy(net, rollout())
@@ -204,6 +222,19 @@ def test_an_output_is_noised_again_along_the_path():
     assert not made["old_velocity"].requires_grad
 
 
+def test_padding_has_no_error_when_an_output_is_noised_again():
+    policy = FlowPolicy(Line(), rollout())
+    policy.keep_reference()
+    acted = policy.rollout([1.0], 2, [3], asks=frozenset({"renoised"}))
+    before = {name: part.detach() for name, part in policy(acted).extras.items()}
+    for name in ("clean", "noised", "old", "reference"):
+        acted.state[name][..., 4:] = torch.nan
+    for name, part in policy(acted).extras.items():
+        assert torch.equal(part.detach(), before[name]), name
+    assert not before["velocity"][..., 4:].any()
+    assert before["velocity"][..., :4].all()
+
+
 def test_generating_depends_on_the_seed_alone():
     policy = tiny()
     whole = policy.generate(GIVEN, [7, 8, 9], steps=5)
@@ -230,6 +261,31 @@ def test_averaged_weights_are_what_generates_and_is_saved():
     with contextlib.suppress(RuntimeError), policy.averaged():
         raise RuntimeError
     torch.testing.assert_close(next(policy.net.parameters()), next(iter(start.values())) + 0.2)
+
+
+def test_averages_move_in_bfloat16_too():
+    policy = tiny()
+    policy.net.to(torch.bfloat16)
+    policy.average(0.999)
+    with torch.no_grad():
+        for p in policy.net.parameters():
+            p.fill_(2.0)
+    start = policy.memory()["averaged"]["enter.bias"].clone()
+    for _ in range(1000):
+        policy.average(0.999)
+    share = (policy.memory()["averaged"]["enter.bias"] - start) / (2.0 - start)
+    torch.testing.assert_close(share, torch.full_like(share, 1 - 0.999**1000), atol=1e-4, rtol=0)
+    with policy.averaged():
+        assert policy.net.enter.bias.dtype == torch.bfloat16
+
+
+def test_gradient_checkpointing_is_the_nets_own_or_refused_in_words():
+    net, asked = Line(), []
+    net.gradient_checkpointing_enable = asked.append
+    FlowPolicy(net, rollout()).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert asked == [{"use_reentrant": False}]
+    with pytest.raises(ConfigError, match="TinyFlow cannot compute its blocks again"):
+        tiny().gradient_checkpointing_enable()
 
 
 def test_windows_move_and_what_is_not_measured_is_refused():

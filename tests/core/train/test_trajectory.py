@@ -5,8 +5,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from trajectory_fixtures import ROWS, bright, condition, policy, rollout_of, settings, smooth, trainer, unsure, weights
-from transformers import TrainerCallback
+from trajectory_fixtures import (
+    ROWS,
+    bright,
+    broken_at,
+    condition,
+    constant,
+    first_fails,
+    policy,
+    rollout_of,
+    settings,
+    smooth,
+    trainer,
+    unsure,
+    weights,
+)
+from transformers import TrainerCallback, TrainingArguments
 
 from core.config import ConfigError, Launch
 from core.objective.recipes import RECIPES, build
@@ -112,6 +126,44 @@ def test_in_bfloat16_the_first_ratio_is_still_exactly_one(tmp_path):
     assert not torch.equal(acted.logps, policy()(acted).logps), "bfloat16 must be on for this to mean anything"
 
 
+class Blurred(torch.nn.Module):
+    """A net whose velocities depend a little on how many rows it is given at once, as those of a GPU in bfloat16 do."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name in ("net", "_parameters", "_modules") else getattr(self.net, name)
+
+    def velocity(self, x, sigma, condition):
+        return self.net.velocity(x, sigma, condition) * (1 + 1e-2 / len(x))
+
+
+def test_what_is_compared_comes_from_batches_of_one_shape(tmp_path):
+    acting = policy(half=True)
+    acting.net = Blurred(acting.net)
+    made = trainer({"recipe": "grpo_guard"}, settings(steps=1, micro=2, micro_steps=3), tmp_path, acting)
+    made.train()
+    line = made.state.log_history[0]
+    assert line["sampler_deviation"] > 0, "or it means nothing"
+    assert line["drift"] == line["ratio_deviation_max"] == 0
+
+
+def test_a_kept_rollout_weighs_the_same_in_whichever_update_it_lands(tmp_path):
+    rows = [row for row in ROWS if row["id"] in ("row-3", "row-4", "row-5", "row-6")]
+    made = trainer(
+        {"recipe": "grpo"}, settings(steps=2, rollout=rollout_of(steps_per_batch=2)), tmp_path,
+        rewards={"unsure": unsure}, rows=rows,
+    )  # fmt: skip
+    made._generate(0)
+    kept = made.credit["keep"].view(2, -1).sum(1)
+    assert kept.sum() == 10, "of sixteen, four do not apply and two could not be judged"
+    assert kept[0] != kept[1]
+    assert [made._update(part).kept_rows for part in (0, 1)] == [5, 5]
+    assert [made._update(part).kept_decisions for part in (0, 1)] == [20, 20]
+
+
 def learned(recipe, tmp_path, seed=0, steps=60, control="none", **rollout):
     """The mean reward of greedy maps before and after."""
     rollout = rollout_of(prompts_per_step=4, group_size=8, noise_level=0.9, **rollout)
@@ -148,7 +200,7 @@ def test_recipes_learn_on_flows(name, tmp_path):
 @pytest.mark.parametrize("stop", [1, 2, 7])
 def test_a_resumed_run_ends_with_the_same_bits(stop, tmp_path):
     """Also in the middle of a generation batch, and in a later epoch (twelve rows, four a batch: three batches)."""
-    rollout = rollout_of(steps_per_batch=2, iterations=1, window="active")
+    rollout = rollout_of(steps_per_batch=2, iterations=1, window="active", shared_noise=True)
     config = settings(
         steps=8, lr=0.02, ema=0.9, rollout=rollout, save_strategy="steps", optim="adamw_torch", save_total_limit=9
     )
@@ -164,6 +216,32 @@ def test_a_resumed_run_ends_with_the_same_bits(stop, tmp_path):
     for one, two in ((weights(whole), weights(again)), (whole.policy._averaged, again.policy._averaged)):
         assert all(torch.equal(one[name], two[name]) for name in one)
     assert any(not torch.equal(weights(whole)[name], value) for name, value in whole.policy._averaged.items())
+
+
+def test_a_rank_without_a_gpu_reads_its_checkpoint(tmp_path, monkeypatch):
+    plain = TrainingArguments.device.fget
+    numbered = property(lambda self: torch.device("cpu", 0) if plain(self).type == "cpu" else plain(self))
+    monkeypatch.setattr(TrainingArguments, "device", numbered)  # what accelerate gives one of several
+    config = settings(steps=2, ema=0.5, rollout=rollout_of(iterations=2), save_strategy="steps")
+    trainer({"recipe": "grpo"}, config, tmp_path).train()
+    made = trainer({"recipe": "grpo"}, config, tmp_path)
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert made.state.global_step == 2
+
+
+def test_an_evaluation_sees_the_averages_of_its_own_step(tmp_path):
+    seen = []
+
+    class Evaluate(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append({name: value.clone() for name, value in model.memory()["averaged"].items()})
+
+    made = trainer({"recipe": "grpo"}, settings(steps=2, ema=0.5), tmp_path, callbacks=[Evaluate()])
+    made.train()
+    now = weights(made)
+    assert all(torch.equal(value, made.policy._averaged[name]) for name, value in seen[1].items())
+    assert all(torch.allclose(value, (seen[0][name] + now[name]) / 2) for name, value in seen[1].items())
+    assert seen[0].keys() == now.keys()
 
 
 def test_a_checkpoint_is_the_nets_own_and_loads_weights_only(tmp_path):
@@ -187,7 +265,7 @@ def test_with_an_adapter_only_it_is_trained_and_the_reference_is_without_it(tmp_
     assert moved
     assert all("lora_" in name for name in moved)
     assert not acting._reference, "an adapter needs no copy"
-    assert made.state.log_history[0]["kl"] == 0 < made.state.log_history[2]["kl"]
+    assert made.state.log_history[0]["kl"] < 1e-12 < made.state.log_history[2]["kl"]
     fresh = policy(lora=4)
     fresh.net.restore(tmp_path / "checkpoint-3")
     assert all(torch.equal(p, acting.net.get_parameter(name)) for name, p in fresh.net.named_parameters())
@@ -227,7 +305,7 @@ def test_dense_rewards_end_with_the_output_itself(tmp_path):
 
 
 def test_the_active_window_is_measured_once_and_used(tmp_path):
-    rollout = rollout_of(window="active", shortcut=1)
+    rollout = rollout_of(window="active", shortcut=1, shared_noise=True)
     made = trainer({"recipe": "grpo"}, settings(steps=2, rollout=rollout), tmp_path, policy(**vars(rollout)))
     made.train()
     first, second = made.state.log_history[:2]
@@ -235,6 +313,29 @@ def test_the_active_window_is_measured_once_and_used(tmp_path):
     assert made.policy.active == next(k for k, v in enumerate(variances, 1) if v >= 0.9 * max(variances))
     assert not any(name.startswith("active") for name in second)
     assert made.policy.window(1) == range(made.policy.active)
+
+
+def test_where_no_rewards_differ_every_step_stays_active(tmp_path):
+    rollout = rollout_of(window="active", shared_noise=True)
+    made = trainer(
+        {"recipe": "grpo"},
+        settings(steps=1, rollout=rollout),
+        tmp_path,
+        policy(**vars(rollout)),
+        {"constant": constant},
+    )
+    made.train()
+    assert made.policy.active == 4
+
+
+def test_failures_of_every_decision_are_counted(tmp_path):
+    broken_at.clear()
+    made = trainer({"recipe": "value_anchored"}, settings(steps=1), tmp_path, rewards={"first_fails": first_fails})
+    made.train()
+    line = made.state.log_history[0]
+    assert len(broken_at) == 4, "once a decision"
+    assert line["unscored"] == 0.125
+    assert line["reward_failures/first_fails"] == 1
 
 
 def test_controls_are_functions_of_seed_and_generation(tmp_path):
@@ -279,6 +380,9 @@ def test_an_update_that_is_not_finite_is_skipped_and_told(tmp_path):
         ({"recipe": "group_preference"}, {"micro": 2}, "multiple of rollout.group_size=4"),
         ({"recipe": "grpo"}, {"launch": Launch(strategy="fsdp")}, "strategy=ddp"),
         ({"recipe": "grpo"}, {"learning_rat": 1}, "learning_rat"),
+        ({"recipe": "bnpo"}, {}, "use token_mean"),
+        ({"recipe": "diffusion_nft"}, {"rollout": rollout_of(shared_noise=True)}, "rollout.shared_noise=false"),
+        ({"recipe": "grpo"}, {"rollout": rollout_of(window="active")}, "rollout.shared_noise=true"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_words(recipe, change, words, tmp_path):

@@ -41,7 +41,20 @@ def unsure(completions, *, id):
     return found
 
 
-bright.scope = smooth.scope = unsure.scope = "batch"
+def constant(completions):
+    return [0.5] * len(completions)
+
+
+broken_at = []  # a call each
+
+
+def first_fails(completions):
+    """Could not judge the first completion of the first call."""
+    broken_at.append(len(completions))
+    return [float("nan") if len(broken_at) == 1 and i == 0 else 0.5 for i in range(len(completions))]
+
+
+bright.scope = smooth.scope = unsure.scope = constant.scope = first_fails.scope = "batch"
 
 
 def policy(seed=0, lora=0, double=False, half=False, **rollout):

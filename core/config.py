@@ -58,6 +58,7 @@ class Warmup:
     steps: int = 0
     batch_size: int = 32
     lr: float = 2e-3
+    straighten: int = 0  # of a flow: steps after those, towards its own ODE samples, for a policy of one step
     prompt_loss: bool = False  # the loss also on the prompt: a model from nothing learns its words and to copy from it
 
 
@@ -342,7 +343,7 @@ def _check(config: Config) -> None:
     at_least = {
         "model.width": 1, "model.layers": 1, "model.heads": 1, "model.lora_rank": 0,
         "data.train_rows": 1, "data.test_rows": 1,
-        "warmup.rows": 1, "warmup.steps": 0, "warmup.batch_size": 1,
+        "warmup.rows": 1, "warmup.steps": 0, "warmup.straighten": 0, "warmup.batch_size": 1,
         "rollout.prompts_per_step": 1, "rollout.group_size": 2, "rollout.max_prompt_length": 1,
         "rollout.max_completion_length": 1, "rollout.top_k": 0, "rollout.steps_per_batch": 1, "rollout.iterations": 1,
         "rollout.steps": 1, "rollout.eval_steps": 1, "rollout.window_size": 0, "rollout.window_every": 1,

@@ -24,7 +24,7 @@ from core.run.folder import RunFolder
 from core.run.progress import Progress
 from core.run.requests import read_pictures
 from core.train import trajectory
-from core.train.flow_matching import imitate
+from core.train.flow_matching import imitate, straighten
 from core.train.warmup import quiet
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ class FlowActor(Actor):
 
     @classmethod
     def _of(cls, app: App, config: Config, path: str | Path) -> Self:
+        set_seed(config.run.seed)  # of a new net, or a new adapter
         net = load_net(config.model, path, app.acts.build)
         return cls(app, config, FlowPolicy(net, config.rollout, half=config.model.dtype == "bfloat16"))
 
@@ -87,7 +88,6 @@ class FlowActor(Actor):
 
     @classmethod
     def build(cls, app: App, config: Config, rows: Sequence[Row], labels: Sequence[np.ndarray]) -> Self:
-        set_seed(config.run.seed)
         return cls._of(app, config, "tiny")
 
     @classmethod
@@ -106,18 +106,28 @@ class FlowActor(Actor):
         on_log: Callable[[int, dict[str, float]], None],
     ) -> None:
         warmup = self.config.warmup
+        conditions = [self.app.acts.condition(row) for row in rows]
+        common = {"batch_size": warmup.batch_size, "seed": self.config.run.seed}
         try:
             imitate(
                 self.model.net,
-                [self.app.acts.condition(row) for row in rows],
+                conditions,
                 labels,
                 steps=warmup.steps,
-                batch_size=warmup.batch_size,
                 lr=warmup.lr,
-                seed=self.config.run.seed,
                 on_log=on_log,
                 drop_text=self._unsaid(self.config),
+                **common,
             )
+            if warmup.straighten:
+                straighten(
+                    self.model.net,
+                    conditions,
+                    steps=warmup.straighten,
+                    lr=warmup.lr / 2,
+                    on_log=lambda step, metrics: on_log(warmup.steps + step, metrics),
+                    **common,
+                )
         except FloatingPointError as error:
             raise ConfigError(str(error)) from error
 

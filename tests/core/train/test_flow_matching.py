@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from core.config import Model
+from core.config import FlowRollout, Model
 from core.policy import adapter
+from core.policy.flow import FlowPolicy
 from core.policy.kernel import STANDARD, Centred
 from core.policy.tiny_flow import TinyFlow
-from core.train.flow_matching import imitate
+from core.train.flow_matching import imitate, straighten
 
 
 class Constant(nn.Module):
@@ -259,3 +260,42 @@ def test_only_the_adapter_is_trained_if_there_is_one():
         kept = net.state_dict().get(name, net.state_dict().get(f"{stem}.base_layer.{kind}"))
         assert torch.equal(kept, weight)
     assert all(weight.any() for name, weight in net.named_parameters() if "film.lora_B" in name)
+
+
+# -- one step instead of several --------------------------------------------------------------------------------------------
+
+
+def taught(steps=120, seed=0):
+    """A net after flow matching on two possible targets, its one-step twin, and how far one step is from the ODE."""
+    torch.manual_seed(1)
+    net = TinyFlow(channels=1, text=False, width=8, levels=1)
+    conditions = [{"image": np.full((8, 8, 1), 0.5, np.float32)}] * 2
+    targets = [np.full((8, 8, 1), level, np.float32) for level in (0.1, 0.9)]
+    imitate(net, conditions, targets, steps=150, batch_size=16, lr=5e-3, seed=0)
+    twin = straighten(copy.deepcopy(net), conditions, steps=steps, batch_size=16, lr=5e-3, seed=seed)
+    return net, twin
+
+
+def drawn(net, steps):
+    policy = FlowPolicy(net, FlowRollout(steps=4))
+    return np.array(policy.generate([{"image": np.full((8, 8, 1), 0.5, np.float32)}] * 24, range(24), steps=steps))
+
+
+def test_straightened_one_step_is_what_the_ode_drew_and_differs_with_the_noise():
+    net, twin = taught()
+    ode = drawn(net, 4)
+    before, after = (np.abs(drawn(made, 1) - ode).mean() for made in (net, twin))
+    assert after < 0.5 * before
+    spread = [drawn(made, 1).mean((1, 2, 3)).std() for made in (net, twin)]
+    assert spread[1] > 3 * spread[0], "in one step plain flow matching draws the mean from every noise"
+
+
+def test_straightening_is_a_function_of_the_seed():
+    one, two, other = (taught(steps=3, seed=seed)[1].state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_straightening_without_rows_is_refused():
+    with pytest.raises(ValueError, match="no conditions"):
+        straighten(TinyFlow(channels=1, text=False, width=8, levels=1), [], steps=1, batch_size=1, lr=1e-3, seed=0)

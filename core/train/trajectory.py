@@ -382,6 +382,7 @@ class TrajectoryTrainer(Trainer):
             variance.append(float(total.var(dim=1, correction=1).mean()) if len(total) else 0.0)
         enough = (k for k, v in enumerate(variance, 1) if v and v >= ENOUGH * max(variance))
         self.policy.active = next(enough, len(variance))
+        self._log("active/steps", float(self.policy.active))
         for k, value in enumerate(variance, 1):
             self._log(f"active/variance_{k}", value)
 

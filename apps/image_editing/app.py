@@ -30,7 +30,7 @@ class EditOptions:
     """The `task:` section of editing."""
 
     detector: str = "palette"  # what finds the object: its colour among the scene's, or the folder of a detector
-    mistakes: float = 0.3  # share of demonstrations that show another edit of the same scene
+    mistakes: float = 0.4  # share of demonstrations that show another edit of the same scene
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ SUPER_RESOLUTION = App(
         "texture": (0.0, rewards.texture),
     },
     outcome="attribute_preference",
-    metrics={"texture": rewards.texture, "psnr_y": rewards.psnr_y, "ssim": rewards.ssim},
+    metrics={"ssim": rewards.ssim, "texture": rewards.texture, "psnr_y": rewards.psnr_y},
     best={"attribute_preference": 0.5, "psnr_y": 60.0},  # a group of one has no better and no worse
     canaries=(
         *rewards.super_resolution_canaries("fidelity", 0.3),

@@ -58,3 +58,12 @@ def test_the_readme_counts_the_mechanisms():
 def test_the_readme_bounds_the_cost():
     assert max(one["ci95"][1] for one in result("recipe_cost")["cases"]) < 0.006
     assert "under 0.6 % of a step" in README
+
+
+def test_the_readme_quotes_image_editing():
+    found = result("image_editing")
+    changes = [run["after"] - run["before"] for run in found["runs"]]
+    assert len(changes) == 3
+    assert f"+{min(changes):.2f} to +{max(changes):.2f}".replace("0.", ".") in README
+    assert min(run["ci95"][0] for run in found["runs"]) > 0.2
+    assert all(run["ci95"][1] < 0 for run in found["controls"]["shuffled advantages"])

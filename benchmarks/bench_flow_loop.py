@@ -123,7 +123,7 @@ class Setting:
     beta: float
 
 
-FULL = Size(width=32, levels=2, pixels=32, prompts=2, group=8, steps=10, rounds=20)
+FULL = Size(width=32, levels=2, pixels=32, prompts=2, group=8, steps=10, rounds=6)
 QUICK = Size(width=8, levels=1, pixels=8, prompts=1, group=2, steps=6, rounds=2)
 SMALL = replace(QUICK, prompts=2, group=4)  # to compare gradients: more than one group in a batch
 SETTINGS = (Setting("guidance 4.5 and KL, as published", 4.5, 0.04), Setting("no guidance, no KL", 1.0, 0.0))

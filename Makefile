@@ -82,7 +82,7 @@ clean:  ## remove .venv and caches; runs/ stays
 	@touch $@
 
 .venv/.dev: .venv/.created pyproject.toml requirements.lock
-	$(BIN)/python -m pip install -q $(PIP_ARGS) -c requirements.lock -e ".[train,sql,flow,dev]"
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c requirements.lock -e ".[train,sql,flow,air,dev]"
 	@touch $@
 
 comma := ,

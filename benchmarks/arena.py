@@ -47,7 +47,8 @@ import arena_task as task
 from arena_report import CONTROL, GROUP, REFERENCE, draw, show, summarise
 
 from core import config as configs
-from core.config import Batch, Config, ConfigError, LanguageRollout, Model, Optim
+from core.batch import Batch
+from core.config import Config, ConfigError, LanguageRollout, Model, Optim
 from core.objective.composition import Recipe
 from core.objective.recipes import RECIPES
 from core.policy import language
@@ -167,7 +168,7 @@ def composed(name: str) -> Recipe:
 
 
 def derived(config: Config, recipe: Recipe) -> Batch:
-    return configs.batch(config, extra_rollouts=recipe.extra_rollouts)
+    return Batch.of(config, extra_rollouts=recipe.extra_rollouts)
 
 
 def warm_start(seed: int, settings: Settings, work: Path) -> Path:

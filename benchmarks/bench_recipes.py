@@ -36,7 +36,7 @@ from bench_trainer import PROMPTS, quiet
 from side_by_side import case, median, write
 from trainer_rewards import fine_of_batch, right_of_batch
 
-from core import config as configs
+from core.batch import Batch
 from core.config import Config, LanguageRollout, Optim, Run
 from core.objective.recipes import RECIPES
 from core.policy.tiny import build_model, build_tokenizer
@@ -160,7 +160,7 @@ def cost(name: str, steps: int) -> dict[str, Any]:
             outcome="right",
             recipe=recipe,
             config=config,
-            batch=configs.batch(config, extra_rollouts=recipe.extra_rollouts),
+            batch=Batch.of(config, extra_rollouts=recipe.extra_rollouts),
             output=Path(folder),
             callbacks=[EachStep(clock)],
         )

@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # `-P` leaves it out; workers ge
 from side_by_side import Disagreement, case, measure, median, write
 from trainer_rewards import spread, spread_of_batch
 
-from core import config as configs
+from core.batch import Batch
 from core.config import Config, LanguageRollout, Optim, Run
 from core.objective.recipes import RECIPES
 from core.policy.tiny import build_model, build_tokenizer
@@ -268,7 +268,7 @@ def ours(size: Size, steps: int, folder: Path, scorer: Scorer) -> LanguageTraine
         outcome="spread",
         recipe=RECIPES["grpo"],
         config=config,
-        batch=configs.batch(config),
+        batch=Batch.of(config),
         output=folder / "ours",
     )
 

@@ -13,19 +13,25 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from core.config import Model
+    from core.run.rivals import Rivals
 
 Row = dict[str, Any]
 Rows = Sequence[Row]
 Completion = (
-    Any  # what a policy made: text of a language model; of a flow an array, such as a picture (H, W, 3) in [0, 1]
+    Any  # what a policy made: text, or an array: a picture (H, W, 3) in [0, 1], fields (L, V, Y, X) of a forecast
 )
+
+
+AT_ONCE = 128  # gold answers in memory together
 
 
 class AppError(ValueError):
@@ -63,6 +69,104 @@ class Flow:
 
 
 @dataclass(frozen=True)
+class Quantity:
+    """What a forecast policy is told of what it forecasts. Raises ValueError for edges that are no classes.
+
+    edges: class edges of each variable, ascending, equally many, above 0 and below `top`; class k of a value is the number
+    of edges <= it, so that classes are [lo, hi). scale: nets see s = log(1 + x / scale). top: the greatest value there is.
+    scale, top and edges have the unit of the variables.
+    """
+
+    variables: tuple[str, ...]
+    edges: tuple[tuple[float, ...], ...]
+    scale: float = 10.0
+    top: float = 1000.0
+
+    def __post_init__(self) -> None:
+        if len(self.edges) != len(self.variables) or len(set(map(len, self.edges))) != 1 or not self.edges[0]:
+            raise ValueError(
+                f"{len(self.variables)} variables have class edges {self.edges}; give each equally many, at least one"
+            )
+        if not self.scale > 0:
+            raise ValueError(f"scale={self.scale} must be above 0")
+        for name, edges in zip(self.variables, self.edges, strict=True):
+            bounds = (0.0, *edges, self.top)
+            if any(low >= high for low, high in pairwise(bounds)):
+                raise ValueError(f"class edges {edges} of {name} must ascend, above 0 and below top={self.top:g}")
+
+
+class Shape(NamedTuple):
+    """Of a step net: channels in and out, and cells (rows x columns)."""
+
+    inputs: int
+    outputs: int
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The policy forecasts fields of V variables on Y x X cells at L leads; one decision is the class (or value) of one cell.
+
+    A completion is an array (L', V, Y, X), L' <= L: plain float32, the value of each cell; or with the fields value, level
+    (the announced class), exceed (probability of each class edge to be reached) and members (8 equally likely values).
+
+    prompt(row) -> the question that a reader of the report sees (where and when the forecast starts).
+    condition(row) -> float32 arrays: history, seen (H, V, Y, X), given (C, Y, X), ahead (L, D), maybe maps_ahead (L, F, Y, X);
+        and valid (L, V, Y, X), 1 where a decision carries loss: never an input.
+    quantity(task options) -> variables and their classes.
+    build(model section, shape) -> the small step net of model.path=tiny, its weights drawn from torch's generator.
+    importance(row, label (L, V, Y, X)) -> weights of the supervised loss, of the same shape; 0 = there is no label.
+    write(rows, completions, path): forecasts as Zarr or NetCDF, by the path's ending.
+    read(path, rows) -> the completions of these rows, of any forecaster; raises ValueError that names what is missing.
+    requests(path) -> rows without truth, from an analysis file or folder (make predict).
+    """
+
+    prompt: Callable[[Row], str]
+    condition: Callable[[Row], dict[str, np.ndarray]]
+    quantity: Callable[[Any], Quantity]
+    build: Callable[[Model, Shape], torch.nn.Module]
+    importance: Callable[[Row, np.ndarray], np.ndarray]
+    write: Callable[[Rows, Sequence[Completion], Path], None]
+    read: Callable[[Path, Rows], list[Completion]]
+    requests: Callable[[Path], list[Row]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of a verification. rows: text, numbers, or None where there is nothing to say; each as long as columns."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | float | None, ...], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One line chart of a verification. lines: {label: (x, y)}, y may hold NaN. unit: the y axis is [0, 1]."""
+
+    title: str
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    x_label: str
+    note: str = ""
+    unit: bool = False
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What an app says of its held-out forecasts beside the metrics, arm by arm.
+
+    The arms are "before" and "after" ("model" in make eval), then every baseline. reduce(rows, completions) -> what is kept
+    of an arm (counts, sums): its completions are dropped then. tables, plots: (rows, {arm: reduced}) -> what is shown.
+    """
+
+    reduce: Callable[[Rows, Sequence[Completion]], Any]
+    tables: Callable[[Rows, Mapping[str, Any]], list[Table]]
+    plots: Callable[[Rows, Mapping[str, Any]], list[Plot]] = lambda rows, arms: []
+
+
+@dataclass(frozen=True)
 class App:
     """One application of the core. See design notes in CONTRIBUTING.md, "How to add an app".
 
@@ -72,8 +176,9 @@ class App:
     write_offline: write_offline(folder, seed) writes the offline folder in the real on-disk format, so `load` reads both.
     rewards: {component: (weight, reward)}; the default composite.
     outcome: the component that is the task's own success; must be one of `rewards`.
-    metrics: {name: scorer} on held-out rows, the benchmark's own scorer first (the headline); higher is better.
-    best: {reward or metric: what gold scores}, where that is not 1.
+    metrics: {name: scorer} on held-out rows, the benchmark's own scorer first (the headline); more is better.
+    lower: the metrics of which less is better.
+    best: {reward or metric: what gold scores at least (of a lower metric: at most)}, where that is not 1 (of a lower one: 0).
     gold: gold(row) -> the completion that deserves the best score, in the row's own answer format.
     demonstrations: demonstrations(rows, seed) -> one completion a row: what the app's annotator wrote, mistakes included;
         what a warm start with `warmup.labels: demonstrations` imitates.
@@ -84,6 +189,9 @@ class App:
     part: part(row) -> the name of the share of the held-out rows that a row belongs to; each is also shown apart.
     cluster: the column whose values are resampled together in intervals (a database, a speaker).
     baselines: {name: f(train_rows, test_rows) -> completions}; rivals that cost nothing.
+    learned: {name: f(core.run.rivals.Rivals) -> completions of its test rows}; rivals that need the policy RL starts from, or
+        other supervised starts. They stand beside the baselines.
+    verify: further tables and plots of the held-out completions.
     show: show(row, completion) -> what the report shows of it: text, or a picture, (H, W, 3) in [0, 1].
     given: given(row) -> what the policy was given beside the prompt, for the report: text, or a picture.
     predict: predict(request) -> a row without gold, from one line (or picture) of `make predict`'s input.
@@ -95,7 +203,7 @@ class App:
     """
 
     name: str
-    acts: Language | Flow
+    acts: Language | Flow | Forecast
     load: Callable[[Path], Mapping[str, Rows]]
     write_offline: Callable[[Path, int], None]
     rewards: Mapping[str, tuple[float, Callable]]
@@ -109,8 +217,11 @@ class App:
     options: type = NoOptions
     part: Callable[[Row], str] | None = None
     cluster: str | None = None
+    lower: frozenset[str] = frozenset()
     best: Mapping[str, float] = field(default_factory=dict)
-    baselines: Mapping[str, Callable[[Rows, Rows], list[Completion]]] = field(default_factory=dict)
+    baselines: Mapping[str, Callable[[Rows, Rows], Sequence[Completion]]] = field(default_factory=dict)
+    learned: Mapping[str, Callable[[Rivals], Sequence[Completion]]] = field(default_factory=dict)
+    verify: Verification | None = None
     show: Callable[[Row, Completion], Completion] = lambda row, completion: completion
     given: Callable[[Row], Completion] | None = None
     predict: Callable[[Row], Row] | None = None
@@ -119,6 +230,10 @@ class App:
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     variants: Mapping[str, App] = field(default_factory=dict)
     variant: str = ""
+
+    def better(self, metric: str) -> str:
+        """ "lower" or "higher"."""
+        return "lower" if metric in self.lower else "higher"
 
     @property
     def label(self) -> str:
@@ -219,24 +334,31 @@ class Finding:
 
 
 def self_check(app: App, rows: Rows, scorer, metrics_scorer, canary_rows: int = 4) -> list[Finding]:
-    """Gold scores its best (1, or `App.best`) on every row, metrics agree, canaries score as they should. Loads no model.
+    """Gold scores its best (`App.best`) on every row, metrics agree, canaries score as they should. Loads no model.
 
     scorer, metrics_scorer: core.scoring.Scorer over the rewards and over the metrics.
     Raises BrokenRowError (from the scorer) if a row's gold does not run; that names the row.
     """
     findings = []
-    gold = [app.gold(row) for row in rows]
-    for title, judge in (("reward", scorer), ("metric", metrics_scorer)):
-        scores = judge.score(gold, rows)
+    judged = ([], [])  # [reward, metric]: (values, failed, reasons) of a few rows at a time
+    for part in (rows[first : first + AT_ONCE] for first in range(0, len(rows), AT_ONCE)):
+        gold = [app.gold(row) for row in part]
+        for scores, kept in zip((scorer.score(gold, part), metrics_scorer.score(gold, part)), judged, strict=True):
+            kept.append((scores.values, scores.failed, scores.reasons))
+    for title, judge, scores in (("reward", scorer, judged[0]), ("metric", metrics_scorer, judged[1])):
+        unscored = sum(int(failed.sum()) for _, failed, _ in scores)
         for k, name in enumerate(judge.names):
-            values, best = scores.values[:, k], app.best.get(name, 1)
-            low = [i for i, v in enumerate(values) if v == v and v < best]
-            unscored = int(scores.failed.sum())
+            lower = title == "metric" and name in app.lower
+            best = app.best.get(name, 0 if lower else 1)
+            values = [float(value) for part, _, _ in scores for value in part[:, k]]
+            low = [i for i, v in enumerate(values) if v == v and (v > best if lower else v < best)]
             detail = f"{len(rows)} rows" if len(rows) else "there are no rows"
             if low:
-                i = low[0]
-                reason = scores.reasons[i].get(name, "")
-                detail = f"{len(low)} of {len(rows)} rows below {best:g}; row {rows[i]['id']}: {values[i]:.3f} {reason}"
+                i, side = low[0], "above" if lower else "below"
+                reason = [said for _, _, part in scores for said in part][i].get(name, "")
+                detail = (
+                    f"{len(low)} of {len(rows)} rows {side} {best:g}; row {rows[i]['id']}: {values[i]:.3f} {reason}"
+                )
             if unscored:
                 detail += f"; {unscored} rows could not be judged"
             findings.append(

@@ -1,7 +1,7 @@
 """The run's configuration: frozen dataclasses <- YAML <- key=value; unknown keys are refused with the nearest match.
 
-Sections stand in the order a reader asks. The user states prompts per step and group size; `Batch` derives the rest and
-says it in one line. `trainer:` passes any field of trl.GRPOConfig through, except those that another section owns; those
+Sections stand in the order a reader asks. The user states prompts per step and group size; core/batch.py derives the rest.
+`trainer:` passes any field of trl.GRPOConfig through, except those that another section owns; those
 are refused with the key to use instead.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from core.app import App, Flow, Language, unknown
+from core.app import App, Flow, Forecast, Language, unknown
 
 
 class ConfigError(ValueError):
@@ -44,9 +44,10 @@ class Data:
     folder: str | None = None  # None: the offline folder, written from the run's seed
     train: str = "train"
     test: str = "dev"
+    validation: str | None = None  # split of the curve during training; None: a share of the training clusters
     train_rows: int | None = None  # first n after a seeded shuffle
     test_rows: int | None = None
-    validation_share: float = 0.1  # share of the training clusters held out for the curve during training
+    validation_share: float = 0.1  # that share
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,48 @@ class FlowRollout(Rollout):
     divergence: Literal["exact", "code"] = "exact"  # unit of the closed-form KL, see core/policy/kernel.py
 
 
-ROLLOUTS: dict[type, type[Rollout]] = {Language: LanguageRollout, Flow: FlowRollout}  # by what an app's `acts` is
+@dataclass(frozen=True)
+class ForecastRollout(Rollout):
+    distribution: Literal["categorical", "gaussian", "low_rank"] = "categorical"
+    bins: int = 20  # of the categorical, log-spaced, the class edges among their edges
+    sigma: float = 0.2  # of the gaussians, in s = log(1 + x / scale)
+    rank: int = 8  # of low_rank: smooth fields of noise beside the white one
+    leads: int = 4  # of a rollout, at the end of the curriculum
+    first_leads: int = 4  # at its beginning
+    leads_every: int = 0  # generation batches before one lead more; 0: `leads` from the beginning
+    eval_leads: int = 20
+    feedback: Literal["mean", "sample"] = (
+        "mean"  # what the next lead starts from; an evaluation always feeds back the mean
+    )
+    decide: Literal["class", "mean"] = (
+        "class"  # what an evaluation announces: the most likely class, or that of the mean
+    )
+
+
+# By what an app's `acts` is.
+ROLLOUTS: dict[type, type[Rollout]] = {Language: LanguageRollout, Flow: FlowRollout, Forecast: ForecastRollout}
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """The weight of a reward component follows a PI controller, so that a metric on the validation rows keeps to a limit.
+
+    at_least, at_most: the limit, exactly one of them. kp, ki: gains of the controller. cap: the greatest weight.
+    """
+
+    metric: str
+    at_least: float | None = None
+    at_most: float | None = None
+    kp: float = 0.05
+    ki: float = 0.01
+    cap: float = 3.0
 
 
 @dataclass(frozen=True)
 class Rewards:
     preset: str = "default"
     weights: dict[str, float] = field(default_factory=dict)
+    constraints: dict[str, Constraint] = field(default_factory=dict)  # {component: what its weight is moved for}
     workers: int = 2  # on one machine, shared out over its ranks
     timeout_s: float = 10.0
     memory_mb: int = 2048
@@ -282,6 +318,14 @@ def resolve(app: App, raw: Mapping[str, Any]) -> Config:
     return config
 
 
+def changed(app: App, config: Config, **settings: Any) -> Config:
+    """The config with settings given as section__key."""
+    raw = config.as_dict()
+    for key, value in settings.items():
+        _set(raw, key.split("__"), value, key.replace("__", "."))
+    return resolve(app, raw)
+
+
 def _set(raw: dict, path: list[str], value: Any, key: str) -> None:
     if len(path) < 2:
         raise ConfigError(f"override {key!r} names no section; write section.key=value, for example optim.lr=1e-5")
@@ -348,6 +392,8 @@ def _check(config: Config) -> None:
         "rollout.max_completion_length": 1, "rollout.top_k": 0, "rollout.steps_per_batch": 1, "rollout.iterations": 1,
         "rollout.steps": 1, "rollout.eval_steps": 1, "rollout.window_size": 0, "rollout.window_every": 1,
         "rollout.shortcut": 0, "rollout.guidance": 0,
+        "rollout.bins": 2, "rollout.rank": 1, "rollout.leads": 1, "rollout.first_leads": 1, "rollout.leads_every": 0,
+        "rollout.eval_leads": 1,
         "rewards.workers": 1, "rewards.memory_mb": 1, "rewards.max_concurrent": 1, "rewards.cache_mb": 0,
         "optim.steps": 0, "optim.warmup_steps": 0, "optim.micro_steps": 1, "optim.ema": 0,
         "optim.max_grad_norm": 0, "optim.weight_decay": 0,
@@ -355,8 +401,8 @@ def _check(config: Config) -> None:
         "run.seed": 0, "run.threads": 1, "run.save_every": 1,
     }  # fmt: skip
     above_0 = (
-        "warmup.lr", "rollout.temperature", "rollout.top_p", "rollout.shift", "rollout.noise_level", "rewards.timeout_s",
-        "optim.lr",
+        "warmup.lr", "rollout.temperature", "rollout.top_p", "rollout.shift", "rollout.noise_level", "rollout.sigma",
+        "rewards.timeout_s", "optim.lr",
     )  # fmt: skip
 
     def get(key: str) -> Any:
@@ -372,6 +418,8 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{key}={get(key)} must be above 0")
     if isinstance(config.rollout, FlowRollout):
         _check_flow(config.rollout)
+    elif isinstance(config.rollout, ForecastRollout):
+        _check_forecast(config)
     else:
         _check_language(config)
     if config.optim.ema >= 1:
@@ -385,6 +433,17 @@ def _check(config: Config) -> None:
             f"warmup.labels={config.warmup.labels} and warmup.steps={config.warmup.steps} contradict each other; "
             "set labels to gold or demonstrations and steps above 0, or labels=none and steps=0 for no warm start"
         )
+    if config.data.validation in (config.data.train, config.data.test):
+        raise ConfigError(
+            f"data.validation={config.data.validation} is also data.train or data.test; name a split of its own, or leave it "
+            f"out and hold back data.validation_share of the training clusters"
+        )
+    if config.rewards.constraints and not config.evaluate.every:
+        raise ConfigError(
+            "rewards.constraints follow evaluations, and evaluate.every=0 makes none; set it to 1 or more"
+        )
+    for name, constraint in config.rewards.constraints.items():
+        _check_constraint(f"rewards.constraints.{name}", constraint)
     for name in config.trainer:
         if name in OWNED:
             raise ConfigError(f"trainer.{name} is decided elsewhere; set {OWNED[name]} instead")
@@ -423,83 +482,27 @@ def _check_flow(rollout: FlowRollout) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The derived arithmetic of one step, so that every rank's generation batch is a whole number of groups.
-
-    group: rollouts sampled for a prompt, of which `extra` are not trained on.
-    rollouts: B = prompts x group of one optimizer step over all ranks; micro: rollouts per forward on one rank;
-    accumulation: micro-batches of one step on one rank; generation: rollouts sampled at once over all ranks.
-    """
-
-    prompts: int
-    group: int
-    ranks: int
-    micro: int
-    steps_per_batch: int
-    iterations: int
-    extra: int = 0
-
-    @property
-    def rollouts(self) -> int:
-        return self.prompts * self.group
-
-    @property
-    def accumulation(self) -> int:
-        return self.rollouts // (self.micro * self.ranks)
-
-    @property
-    def generation(self) -> int:
-        return self.rollouts * self.steps_per_batch
-
-    def line(self) -> str:
-        """The derivation, in one line."""
-        group = f"{self.group} completions"
-        if self.extra:
-            group = (
-                f"({self.group - self.extra} + {self.extra}) completions, {self.group - self.extra} of them trained on,"
-            )
-        fresh = "fresh rollouts every step"
-        if self.steps_per_batch * self.iterations > 1:
-            fresh = (
-                f"{self.generation} rollouts sampled at once for {self.steps_per_batch * self.iterations} steps "
-                f"({self.steps_per_batch} parts x {self.iterations} passes)"
-            )
-        return (
-            f"{self.prompts} prompts x {group} = {self.rollouts} rollouts a step; "
-            f"{self.ranks} rank{'s' * (self.ranks > 1)} x {self.accumulation} micro-batch{'es' * (self.accumulation > 1)} "
-            f"of {self.micro}; {fresh}"
-        )
-
-
-def batch(config: Config, ranks: int = 1, extra_rollouts: int = 0) -> Batch:
-    """Derive the batch; extra_rollouts: sampled beside each group. Raises ConfigError with the values that would work."""
-    rollout, micro = config.rollout, config.optim.micro_batch
-    if extra_rollouts and (rollout.group_size + extra_rollouts) % 2 == 0:
+def _check_forecast(config: Config) -> None:
+    """What its keys say to each other."""
+    rollout = config.rollout
+    if rollout.leads_every and rollout.first_leads > rollout.leads:
         raise ConfigError(
-            f"rollout.group_size={rollout.group_size} and {extra_rollouts} more have no median among them; use an even group_size"
+            f"rollout.first_leads={rollout.first_leads} is above rollout.leads={rollout.leads}: the curriculum grows, so begin "
+            f"with at most {rollout.leads}, or set leads_every=0 for no curriculum"
         )
-    group = rollout.group_size + extra_rollouts
-    rollouts = rollout.prompts_per_step * group
-    if rollout.prompts_per_step * rollout.steps_per_batch % ranks:
+    if config.warmup.straighten:
+        raise ConfigError(f"warmup.straighten={config.warmup.straighten} is for flow policies; set it to 0")
+
+
+def _check_constraint(key: str, constraint: Constraint) -> None:
+    if (constraint.at_least is None) == (constraint.at_most is None):
         raise ConfigError(
-            f"rollout.prompts_per_step={rollout.prompts_per_step} x steps_per_batch={rollout.steps_per_batch} does not "
-            f"divide over {ranks} ranks; every rank needs whole groups, so use a multiple of {ranks}"
+            f"{key} has at_least={constraint.at_least} and at_most={constraint.at_most}; give exactly one of them"
         )
-    if rollouts % ranks:
-        raise ConfigError(f"{rollouts} rollouts a step do not divide over {ranks} ranks")
-    share = rollouts // ranks
-    micro = share if micro is None else micro
-    if micro < 1 or share % micro:
-        fits = [n for n in range(1, share + 1) if share % n == 0]
-        raise ConfigError(
-            f"optim.micro_batch={micro} does not divide the {share} rollouts of a rank "
-            f"(prompts_per_step={rollout.prompts_per_step} x {group} completions / {ranks}); "
-            f"use one of {', '.join(map(str, fits))}"
-        )
-    return Batch(
-        rollout.prompts_per_step, group, ranks, micro, rollout.steps_per_batch, rollout.iterations, extra_rollouts
-    )
+    if constraint.kp < 0 or constraint.ki < 0 or not constraint.kp + constraint.ki > 0:
+        raise ConfigError(f"{key} has kp={constraint.kp:g} and ki={constraint.ki:g}; both at least 0, and one above it")
+    if not constraint.cap > 0:
+        raise ConfigError(f"{key}.cap={constraint.cap:g} must be above 0")
 
 
 def run_name(config_name: str, task: str | None, seed: int) -> str:

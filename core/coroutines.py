@@ -145,4 +145,4 @@ class Coroutines:
 
 
 def _no_answer(call: Call, why: str) -> dict:
-    return {"verdicts": [[math.nan, "no_answer", why, False]] * call.size}
+    return {"verdicts": [[math.nan, "no_answer", why, False, 1.0]] * call.size}

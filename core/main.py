@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
             "--config", default="tiny", help="a YAML file of the app, without its ending (default tiny)"
         )
         command.add_argument("--data", help="the data set's folder (default: the offline one, made here)")
-        command.add_argument("--model", help="a folder or hub id (default: the config's)")
+        command.add_argument("--model", help="a folder or hub id (default: the config's); eval also takes forecasts")
         command.add_argument("--task", help="a named variant of the app")
         command.add_argument("--seed", type=int)
         command.add_argument("--run", help="the run's name or folder (default <config>[-<task>]-s<seed>)")
@@ -99,7 +99,9 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--split", help="split to evaluate (default: the config's test split)")
         if name == "predict":
             command.add_argument(
-                "--input", required=True, help="a JSON-lines file of questions, or a folder of pictures"
+                "--input",
+                required=True,
+                help="a JSON-lines file of questions, a folder of pictures, or an analysis to forecast from",
             )
             command.add_argument("--output", required=True, help="where to write the answers: a file, or a folder")
     return parse
@@ -218,7 +220,8 @@ def evaluate(options: argparse.Namespace) -> int:
     from core.run.evaluation import run_evaluation
 
     app, config = resolved(options, of_run=True)
-    return run_evaluation(app, config, options.model, run_path(options, app, config), options.split)
+    _, own = resolved(argparse.Namespace(**vars(options) | {"model": None}), of_run=True)
+    return run_evaluation(app, config, options.model, run_path(options, app, config), options.split, own)
 
 
 def predict(options: argparse.Namespace) -> int:

@@ -86,7 +86,7 @@ class Call:
     def repeatable(self) -> bool:
         """Whether another such call would be judged alike: it was judged, and no limit, clock or chance decided."""
         return self.verdicts is not None and all(
-            repeatable and (value is None or not math.isnan(value)) for value, _, _, repeatable in self.verdicts
+            repeatable and (value is None or not math.isnan(value)) for value, _, _, repeatable, _ in self.verdicts
         )
 
 
@@ -293,7 +293,7 @@ class Pool:
             how = f"ran out of {self.limits.memory_mb} MB"
         else:
             how = f"ended its worker (exit status {status})"
-        zero = [0.0, call.fault, f"{how}; the second worker lost to it", False]
+        zero = [0.0, call.fault, f"{how}; the second worker lost to it", False, 1.0]
         call.take({"verdicts": [zero] * call.size}, seconds)
         self._left -= 1
 
@@ -332,8 +332,10 @@ def _checked(message: dict[str, Any], size: int) -> dict[str, Any]:
     return {"verdicts": verdicts}
 
 
-def _checked_verdict(value: Any, reason: Any, detail: Any, repeatable: Any) -> list:
+def _checked_verdict(value: Any, reason: Any, detail: Any, repeatable: Any, weight: Any) -> list:
     if value is not None and (type(value) not in (int, float) or math.isinf(value)):
         raise ValueError("a value that is not a number")
+    if type(weight) not in (int, float) or not 0 <= weight < math.inf:
+        raise ValueError("a weight that is not a number, 0 or more")
     reason, detail = worker.clean(str(reason), worker.MAX_REASON), worker.clean(str(detail), worker.MAX_DETAIL)
-    return [value, reason, detail, repeatable is True]
+    return [value, reason, detail, repeatable is True, weight]

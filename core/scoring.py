@@ -7,8 +7,8 @@ counted. A *broken row* of the data raises `BrokenRowError` with the row's id.
 Rewards run in worker processes under limits (core/pool.py says when a dead worker is the completion's fault); each is
 found there by module and name, and completion and columns travel as JSON: a tuple arrives as a list, the keys of a dict
 as strings. Async rewards run beside them on an event loop in this process (core/coroutines.py), `batched` rewards run
-here after both, without limits. Answers that hold are kept (core/cache.py). Results are ordered by row, never by
-arrival.
+here after both, without limits; only they may give a value for each decision of a completion, as an array. Answers that
+hold are kept (core/cache.py). Results are ordered by row, never by arrival.
 """
 
 from __future__ import annotations
@@ -54,8 +54,12 @@ class RewardsFailing(RuntimeError):
 class Scores:
     """What K rewards said of N completions, in the order of the rows.
 
-    values: (N, K) float64; NaN = the component does not apply or, with the whole row, the row is unscored.
+    values: (N, K) float64; NaN = the component does not apply or, with the whole row, the row is unscored. Of an array over
+        decisions its mean, so that a composite, a canary and the spread of a group look at one number a completion.
     failed: (N,) bool; True = unscored: some check could not judge.
+    weights: (N, K) float64, how many cases a value is the mean of: what means over rows weigh by; 0 where there is no value.
+    decisions: (N, K, T) float32 if some reward gave arrays over T decisions, else None. NaN = does not apply there; a
+        component that gave one number has it at every decision.
     reasons, details: N dicts {component: text}, only where a reward said something.
     metrics: reward_failures/<name> (rows); cache_hits/<name> (rows that needed no call of their own: their verdict was
         kept from an earlier batch, or the same call was made for another row or component of this one); timeouts and
@@ -64,6 +68,8 @@ class Scores:
 
     values: np.ndarray
     failed: np.ndarray
+    weights: np.ndarray
+    decisions: np.ndarray | None
     reasons: list[dict[str, str]]
     details: list[dict[str, str]]
     metrics: dict[str, float]
@@ -126,7 +132,7 @@ class Scorer:
         """Scores completion i on row i; groups are adjacent. Identical calls within the batch are made once.
 
         Raises BrokenRowError (all broken rows), RewardsFailing, core.pool.WorkerError; ValueError on sizes that do not
-        fit, a missing column, or a column that is not JSON.
+        fit, a missing column, a column that is not JSON, or arrays over decisions of several lengths.
         """
         start, n = time.perf_counter(), len(completions)
         if len(rows) != n or group_size < 1 or n % group_size:
@@ -187,13 +193,14 @@ class Scorer:
 
     def _collect(self, placed: list[list[tuple[Call, int]]], made: list[list[Call]], n: int, start: float) -> Scores:
         values, failed = np.full((n, len(self.names)), np.nan), np.zeros(n, dtype=bool)
+        weights, arrays = np.zeros(values.shape), {}
         reasons: list[dict[str, str]] = [{} for _ in range(n)]
         details: list[dict[str, str]] = [{} for _ in range(n)]
         failures, faults = Counter(), Counter()
         for k, name in enumerate(self.names):
             for i, (call, place) in enumerate(placed[k]):
-                value, reason, detail, _ = (
-                    call.verdicts[place] if call.verdicts else (math.nan, "error", call.error, False)
+                value, reason, detail, _, weight = (
+                    call.verdicts[place] if call.verdicts else (math.nan, "error", call.error, False, 1.0)
                 )
                 if reason:
                     reasons[i][name] = reason
@@ -203,12 +210,15 @@ class Scorer:
                     faults[call.fault] += 1
                 if value is None:
                     continue
-                values[i, k] = value
+                if isinstance(value, np.ndarray):
+                    arrays[i, k], value = value, np.nanmean(value, dtype=np.float64)
+                values[i, k], weights[i, k] = value, weight
                 if math.isnan(value):
                     failed[i] = True
                     failures[name] += 1
                     self._failures.note(name, f"{reason}: {detail}")
-        values[failed] = np.nan
+        values[failed], weights[failed] = np.nan, 0.0
+        decisions = self._decisions(values, arrays)
         self._failures.add(n, int(failed.sum()), failures)
         metrics = {f"reward_failures/{name}": float(failures[name]) for name in self.names}
         for name, mine in zip(self.names, made, strict=True):
@@ -216,7 +226,24 @@ class Scorer:
             metrics[f"seconds/{name}"] = sum((call.seconds for call in mine), 0.0)
         metrics |= {"timeouts": float(faults["timeout"]), "killed_workers": float(faults["killed_worker"])}
         metrics["score_s"] = time.perf_counter() - start
-        return Scores(values, failed, reasons, details, metrics)
+        return Scores(values, failed, weights, decisions, reasons, details, metrics)
+
+    def _decisions(self, values: np.ndarray, arrays: dict[tuple[int, int], np.ndarray]) -> np.ndarray | None:
+        """(N, K, T) of values and of the arrays (T,) that stand in place of some, at (row, component)."""
+        if not arrays:
+            return None
+        lengths = {(self.names[k], len(array)) for (_, k), array in sorted(arrays.items(), key=lambda item: item[0][1])}
+        if len({length for _, length in lengths}) > 1:
+            said = ", ".join(f"{name!r} of {length}" for name, length in sorted(lengths))
+            raise ValueError(
+                f"arrays over decisions have several lengths in one batch: {said}; give every completion of a batch one value a "
+                f"decision, equally many"
+            )
+        decisions = np.repeat(values.astype(np.float32)[:, :, None], len(next(iter(arrays.values()))), axis=2)
+        for (i, k), array in arrays.items():
+            if not np.isnan(values[i, k]):  # else the row is unscored
+                decisions[i, k] = array
+        return decisions
 
 
 @dataclass
@@ -265,11 +292,23 @@ def _in_process(reward: Reward, completions: Sequence[Any], rows: Sequence[Mappi
     try:
         names = dict.fromkeys(name for columns in each for name in columns)  # a row may lack an optional one
         results = reward.function(list(completions), **{name: [row.get(name) for row in each] for name in names})
-        answer = worker.success(results, len(completions))
+        answer = {"verdicts": [_verdict(result) for result in worker.listed(results, len(completions))]}
     except (Exception, SystemExit) as error:
         answer = worker.failure(error)
     call.take(answer, time.perf_counter() - start)
     return call
+
+
+def _verdict(result: Any) -> list:
+    """worker.verdict, also of a value that is an array over decisions: float32 (T,), or None if nothing applies."""
+    value = getattr(result, "value", result)
+    if not isinstance(value, np.ndarray) or not value.ndim:
+        return worker.verdict(result)
+    with np.errstate(over="ignore"):
+        array = value.astype(np.float32).ravel() if value.dtype.kind in "biuf" else None
+    if array is None or np.isinf(array).any():
+        return worker.bad_value(value, "an array of numbers, finite or NaN")
+    return worker.judged(None if np.isnan(array).all() else array, result)
 
 
 # -- in anyone's TRL script ------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ a session of its own, so that killing the process group takes along what a rewar
                        [id, [module, qualname], [grouped, completion or completions, columns]]
     worker -> parent   first "ready"; for each call its id the moment the reward begins (its module is imported by
                        then), and {"id", "seconds"} with one of
-                         "verdicts": [[value, reason, detail, repeatable], ...]
+                         "verdicts": [[value, reason, detail, repeatable, weight], ...]
                                      value: null = does not apply, NaN = could not judge
                          "error": text, or "broken_row": text;
                        {"id", "import_error": text} instead of beginning, or as an answer
@@ -124,8 +124,8 @@ def _call(reward: Callable, completion: Any, columns: dict[str, Any], group: int
 
 
 def success(result: Any, group: int | None) -> dict[str, Any]:
-    """The answer for what a reward returned for one completion, or for a group of that size. Raises as `verdicts`."""
-    return {"verdicts": [verdict(result)] if group is None else verdicts(result, group)}
+    """The answer for what a reward returned for one completion, or for a group of that size. Raises as `listed`."""
+    return {"verdicts": [verdict(one) for one in ([result] if group is None else listed(result, group))]}
 
 
 def failure(error: BaseException) -> dict[str, Any]:
@@ -140,46 +140,63 @@ def failure(error: BaseException) -> dict[str, Any]:
 def _fit(answer: dict[str, Any], limit: int) -> dict[str, Any]:
     """The answer for a large group, without its details if it would be too long with them."""
     if "verdicts" in answer and len(json.dumps(answer)) >= limit:
-        answer["verdicts"] = [[value, reason, "", repeatable] for value, reason, _, repeatable in answer["verdicts"]]
+        answer["verdicts"] = [[value, reason, "", *rest] for value, reason, _, *rest in answer["verdicts"]]
         if len(json.dumps(answer)) >= limit:
             del answer["verdicts"]
             answer["error"] = f"the answer is longer than max_answer_bytes={limit}"
     return answer
 
 
-def verdicts(results: Any, count: int) -> list[list]:
-    """One verdict for each of `count` completions. Raises ValueError if the reward returned something else."""
+def listed(results: Any, count: int) -> list | tuple:
+    """What a reward returned for `count` completions. Raises ValueError unless it is so many scores."""
     if not isinstance(results, list | tuple) or len(results) != count:
         got = f"{len(results)} scores" if isinstance(results, list | tuple) else f"a {type(results).__name__}"
         raise ValueError(f"the reward returned {got} for {count} completions; it must return a list of one score each")
-    return [verdict(result) for result in results]
+    return results
 
 
 def verdict(result: Any) -> list:
-    """[value, reason, detail, repeatable] of what a reward returned: a number, None, or an object with these fields.
+    """[value, reason, detail, repeatable, weight] of what a reward returned: a number, None, or an object of these fields.
 
-    value: finite float; None = does not apply; NaN = could not judge. An infinite value, or something that is not a
-    number, is a bug of the reward: NaN with the reason bad_reward_value, never a zero.
+    value: finite float; None = does not apply; NaN = could not judge. weight: finite float, 0 or more. An infinite value or
+    weight, or something that is not a number, is a bug of the reward: NaN with the reason bad_reward_value, never a zero.
     """
     value = getattr(result, "value", result)
+    number = _number(value)
+    if value is not None and (number is None or math.isinf(number)):
+        arrays = "; arrays over decisions are for @batched rewards" if getattr(value, "ndim", 0) else ""
+        return bad_value(value, "a finite number or None" + arrays)
+    return judged(number, result)
+
+
+def judged(value: Any, result: Any) -> list:
+    """The verdict that has this value and the other fields of what a reward returned."""
+    weight = _number(getattr(result, "weight", 1.0))
+    if weight is None or not 0 <= weight < math.inf:
+        return bad_value(result.weight, "a weight: a finite number, 0 or more")
     reason = clean(str(getattr(result, "reason", "")), MAX_REASON)
     detail = clean(str(getattr(result, "detail", "")), MAX_DETAIL)
-    repeatable = bool(getattr(result, "repeatable", True))
-    if value is None:
-        return [None, reason, detail, repeatable]
+    if not reason and isinstance(value, float) and math.isnan(value):
+        reason = "failed"
+    return [value, reason, detail, bool(getattr(result, "repeatable", True)), weight]
+
+
+def _number(value: Any) -> float | None:
+    """As a float; None if it is not a number, or none that a float can hold."""
     if isinstance(value, numbers.Real):
         with contextlib.suppress(OverflowError):
-            number = float(value)
-            if math.isfinite(number):
-                return [number, reason, detail, repeatable]
-            if math.isnan(number):
-                return [number, reason or "failed", detail, repeatable]
+            return float(value)
+    return None
+
+
+def bad_value(value: Any, wanted: str) -> list:
+    """The verdict on a reward that returned something else than `wanted`."""
     try:
         shown = clean(reprlib.repr(value), 100)
     except Exception:  # an int of more than 4300 digits, for one
         shown = "something that cannot be shown"
-    wrong = f"returned {shown} ({type(value).__name__}), not a finite number or None"
-    return [math.nan, "bad_reward_value", wrong, repeatable]
+    wrong = f"returned {shown} ({type(value).__name__}), not {wanted}"
+    return [math.nan, "bad_reward_value", wrong, False, 1.0]
 
 
 def clean(text: str, limit: int) -> str:

@@ -2,6 +2,9 @@
 
     z = (r - baseline) / (std + eps)        baseline and std over the G rollouts of a prompt, or over the whole batch
 
+A group's own standard deviation makes its advantages alike whatever its rewards differ by. Where a decision has few outcomes,
+as a cell of a forecast that is right or wrong, that cancels what each costs: scale=pooled divides all alike.
+
 All functions skip NaN (unscored, or not applicable) and treat further dimensions, the T decisions of an aligned policy,
 one by one; but medians are refused there, and `anchored_values` sums along them. In float32 `group_advantages` follows TRL
 1.16's order of operations and gives its bits, with one exception: a group (baseline=batch: a batch) without spread gets
@@ -19,7 +22,7 @@ from torch import Tensor
 from core.objective.group import Group
 
 Baseline = Literal["mean", "leave_one_out", "log_mean_exp", "batch", "none"]
-Scale = Literal["group", "batch", "none"]
+Scale = Literal["group", "batch", "pooled", "none"]
 Filter = Literal["none", "outcome", "all_right"]
 
 
@@ -36,17 +39,19 @@ def group_advantages(
 ) -> Tensor:
     """Rewards minus a baseline, divided by a standard deviation.
 
-    reward: (P, G) or (P, G, ...); NaN = unscored, out of all statistics. group: not looked at, given to every slot.
+    reward: (P, G) or (P, G, ...); NaN = unscored, out of all statistics. group: looked at by scale=pooled alone, which
+    leaves out the decisions that its mask leaves out.
     baseline: mean of the group; mean of the *other* rollouts of the group; tau * log(mean(exp(r / tau))) of the group,
     which leans towards the best; mean of the batch; none.
-    scale: standard deviation (divisor n - ddof) of the group or of the batch, plus eps; none.
-    ddof: the variance is divided by n - ddof. eps: added to the standard deviation. tau: of log_mean_exp; small is near
+    scale: standard deviation (divisor n - ddof) of the group, or of the batch at the same decision; pooled, one number for
+    all, the root mean square of the batch's centred rewards, so that what costs twice as much pushes twice as much; none.
+    ddof: the variance is divided by n - ddof. eps: added to the scale. tau: of log_mean_exp; small is near
     the greatest reward of the group, large near its mean. limit: greatest size of an advantage; None = none.
     Returns the shape of `reward`, finite: 0 for unscored rollouts and, with a baseline, where the group (baseline=batch:
     the batch) has no spread or only one scored rollout.
     Raises ValueError if G < 2 and a statistic of the group is asked for.
     Source: arXiv 2402.03300 (mean, group), 2402.14740 (leave one out), 2503.20783 (no scale); read in TRL 1.16's code;
-    2509.24203 (log_mean_exp) and 2505.05470 (limit), read in the authors' code.
+    2509.24203 (log_mean_exp) and 2505.05470 (limit), read in the authors' code. pooled is ours.
     """
     within_group = baseline in ("mean", "leave_one_out", "log_mean_exp")
     if reward.shape[1] < 2 and (within_group or scale == "group"):
@@ -75,6 +80,8 @@ def group_advantages(
         centred = centred / (_nanstd(reward, 1, ddof) + eps)
     elif scale == "batch":
         centred = centred / (_nanstd(batch, 0, ddof) + eps)
+    elif scale == "pooled":
+        centred = centred / (_root_mean_square(centred, ~reward.isnan(), group) + eps)
     centred = torch.nan_to_num(centred, nan=0.0)
     return centred if limit is None else centred.clamp(-limit, limit)
 
@@ -174,6 +181,39 @@ def quantile_advantages(reward: Tensor, group: Group, *, resolution: float = 1e-
     return torch.where(no_spread(reward) | ~scored, 0.0, mean)
 
 
+def ranked_advantages(
+    reward: Tensor,
+    group: Group,
+    *,
+    z_weight: float = 0.1,
+    mean: float | None = None,
+    std: float | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """(1 - z_weight) * rank + z_weight * (r - mean) / std: the rank in the group, 2 * place / (G - 1) - 1 in [-1, 1], 0 = least.
+
+    reward: (P, G) or (P, G, T), G >= 2; returns the shape. Equal rewards share their mean rank, and a group without spread
+    gets 0, or the order of its rollouts would be their advantage. Unscored rollouts have no rank. A group's advantages do
+    not sum to 0: the batch's mean is no baseline of it.
+    z_weight: share of the score; 0 = ranks alone. mean, std: of the score, in units of the reward; None = those of the
+    batch's scored rewards. eps: added to the standard deviation.
+    Raises ValueError if G < 2.
+    Source: arXiv 2511.22169; read in the authors' code. There mean and deviation are running ones of groups' mean rewards,
+    which a function without memory cannot have, equal rewards get different ranks, and the score moves groups without
+    spread too.
+    """
+    if reward.shape[1] < 2:
+        raise ValueError(f"group_size={reward.shape[1]} has no ranks; use 2 or more")
+    scored, batch = ~reward.isnan(), reward.flatten(0, 1)
+    below = (reward.unsqueeze(1) < reward.unsqueeze(2)).sum(dim=2)
+    ties = (reward.unsqueeze(1) == reward.unsqueeze(2)).sum(dim=2)
+    others = (scored.sum(dim=1, keepdim=True) - 1).clamp(min=1)
+    rank = (2 * below + ties - 1).to(reward.dtype) / others - 1
+    middle = torch.nanmean(batch, dim=0) if mean is None else mean
+    score = (reward - middle) / ((_nanstd(batch, 0, ddof=0) if std is None else std) + eps)
+    return torch.where(no_spread(reward) | ~scored, 0.0, (1 - z_weight) * rank + z_weight * score)
+
+
 def balanced_advantages(reward: Tensor, group: Group) -> Tensor:
     """Rewards minus the mean, after negatives were dropped at random until they are no more than the positives.
 
@@ -268,6 +308,13 @@ def _nanstd(values: Tensor, dim: int, ddof: int) -> Tensor:
     count = (~values.isnan()).sum(dim=dim, keepdim=True).to(values.dtype)  # TRL's int / int is float32 even for float64
     correction = torch.where(count > ddof, count / (count - ddof), torch.nan)
     return torch.sqrt(variance * correction)
+
+
+def _root_mean_square(centred: Tensor, scored: Tensor, group: Group | None) -> Tensor:
+    """One number: over all that was scored, and of single decisions over those with mask 1; 0 of nothing."""
+    if group is not None and group.mask is not None and centred.dim() == 3:
+        scored = scored & group.mask.bool().view(centred.shape)
+    return (torch.where(scored, centred, 0.0).square().sum() / scored.sum().clamp(min=1)).sqrt()
 
 
 def whole_group(flags: Tensor) -> Tensor:

@@ -44,6 +44,39 @@ def favour_unlikely(
     return shaped
 
 
+def share_credit(
+    rewards: Tensor, group: Group, *, credit: Literal["decision", "segment", "rollout"] = "decision"
+) -> Tensor:
+    """Rewards of single decisions, as they are, or as means over blocks of decisions or over whole rollouts.
+
+    rewards: (P, G, K, T), and returned so. Means are over the decisions with mask 1 that the component applies to, and stand
+    at every decision of the block; NaN where there are none. Of wide blocks the noise is less and so is the contrast.
+    credit: what a decision is credited with: its own reward (decision), the mean of its block of group.segments (segment),
+    the mean of all of the rollout (rollout), for which one reward per rollout, (P, G, K), will do as well.
+    Raises ValueError for one reward per rollout with any other credit, and for credit=segment without segments.
+    """
+    if rewards.dim() == 3 and credit != "rollout":
+        raise ValueError(
+            f"credit={credit} needs one reward per decision, (P, G, K, T), and these are one per rollout; use credit=rollout"
+        )
+    if rewards.dim() == 3 or credit == "decision":
+        return rewards
+    if credit == "segment" and group.segments is None:
+        raise ValueError(
+            "credit=segment needs blocks of decisions, and the group has no segments; use decision or rollout"
+        )
+    counted = ~rewards.isnan()
+    if group.mask is not None:
+        counted = counted & group.mask.bool().view(*rewards.shape[:2], 1, -1)
+    # In float64 a sum of rewards does not depend on their order, so that equal blocks have equal means to the bit.
+    total, count = torch.where(counted, rewards, 0.0).double(), counted.double()
+    if credit == "rollout":
+        return (total.sum(3, keepdim=True) / count.sum(3, keepdim=True)).to(rewards.dtype).expand_as(rewards)
+    block = group.segments.long().view(*rewards.shape[:2], 1, -1).expand_as(rewards)
+    total, count = (torch.zeros_like(part).scatter_add(3, block, part) for part in (total, count))
+    return (total / count).gather(3, block).to(rewards.dtype)
+
+
 def weighted_sum(rewards: Tensor, group: Group) -> Tensor:
     """The plain total reward: the weighted sum of components, in which one that does not apply counts as 0.
 

@@ -55,12 +55,19 @@ NEEDS = {
     "drift": "how far each step's mean has moved since it was sampled, its noise and its length (flow)",
     "renoised": "final samples that are noised again, and velocities there (flow)",
     "whole_groups": "whole groups: no micro-batch may hold a part of one",
-    "divergence": "the KL to a reference policy in closed form, because beta is above 0 (flow)",
+    "divergence": "the KL to a reference policy in closed form, because beta is above 0 (flow, forecast)",
     "ref_logps": "log-probabilities of a reference policy, because beta is above 0",
     "entropy": "entropies with gradient, because entropy_coef is above 0",
 }
 ASKED = ("tempered_logps", "influence", "teacher")  # what Group.model answers
-FLOW = ("drift", "renoised", "whole_groups", "divergence")  # what only a flow policy and its trainer give
+_TRAJECTORY = frozenset(NEEDS) - {*ASKED, "ref_logps", "entropy"}
+# What each kind of policy can give, with its trainer. Only a language model has what is ASKED: logits, and a prompt that can
+# be added to.
+GIVES = {
+    "language": frozenset(NEEDS) - {"aligned", "drift", "renoised", "whole_groups", "divergence"},
+    "flow": _TRAJECTORY,
+    "forecast": _TRAJECTORY - {"drift", "renoised"},
+}
 # {slot: {option: what the slot needs while that option is not 0}}
 BECAUSE = {
     kl_and_entropy: {"beta": "ref_logps", "entropy_coef": "entropy"},
@@ -77,6 +84,7 @@ RANGES = {
     "hot": (1, math.inf), "cold": (1e-6, 1), "most": (0, math.inf), "resolution": (0, math.inf), "anchored": (0, math.inf),
     "limit": (1e-6, math.inf), "band_coef": (0, math.inf), "sharpness": (0, math.inf), "anchor": (0, math.inf),
     "cap": (0, math.inf), "focus": (0, math.inf), "tau_scale": (0, math.inf), "threshold": (0, math.inf),
+    "z_weight": (0, 1), "std": (1e-6, math.inf),
     "entropy_low": (0, math.inf), "entropy_high": (0, math.inf), "mix": (1e-6, math.inf), "anchor_coef": (0, math.inf),
 }  # fmt: skip
 
@@ -234,6 +242,7 @@ class Recipe:
                 aligned=aligned,
                 weights=torch.tensor(list(weights.values())),
                 mask=torch.ones(size, 1),
+                segments=torch.zeros(size, 1, dtype=torch.long),
                 old_logps=torch.zeros(size, 1),
                 names=tuple(weights),
                 outcome=list(weights).index(outcome),

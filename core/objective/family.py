@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from core.objective.composition import ASKED, COMPONENTS, FLOW, LOSS_SLOTS, NEEDS, RANGES, Recipe
+from core.objective.composition import ASKED, COMPONENTS, GIVES, LOSS_SLOTS, NEEDS, RANGES, Recipe
 from core.objective.group import Group
 from core.objective.recipes import RECIPES, grpo
 
@@ -28,14 +28,6 @@ GRADES = {
     "b": "read in the paper's text",
     "b*": "known through third parties",
     "c": "derived here",
-}
-# {what is trained: (what its trainer can give at best, whether each decision has a reward)}. What is ASKED of a model,
-# logits and a prompt that can be added to, only a language model has. Samples noised again have no decisions to reward.
-KINDS = {
-    "language": (frozenset(NEEDS) - {"aligned", *FLOW}, False),
-    "flow, a reward per rollout": (frozenset(NEEDS) - {"aligned", *ASKED}, False),
-    "flow, a reward per decision": (frozenset(NEEDS) - {"renoised", *ASKED}, True),
-    "forecast, a reward per decision": (frozenset(NEEDS) - {*FLOW, *ASKED}, True),
 }
 ARXIV = re.compile(r"(?:arXiv )?(\d{4}\.\d{5})")
 PAGE_WIDTH = 128
@@ -98,16 +90,19 @@ def meaning(function: Callable, option: str) -> str:
 
 
 def refusals(recipe: Recipe) -> dict[str, str]:
-    """{kind: why a recipe cannot run on it}, for those of KINDS on which it cannot."""
+    """{kind: why a recipe cannot run on it}, for those of GIVES on which it cannot.
+
+    A recipe that needs "aligned" gets a reward per decision, any other one per rollout, as from the trainers.
+    """
     found = {}
     names = ("outcome", *_components(recipe).values())
     prompts, size, decisions = 2, 4 + ("extra_rollout" in recipe.needs), 3
     ones = torch.ones(prompts * size, decisions)
-    for kind, (provided, per_decision) in KINDS.items():
+    for kind, provided in GIVES.items():
         if missing := [NEEDS[need] for need in NEEDS if need in recipe.all_needs - provided]:
             found[kind] = f"needs {'; '.join(missing)}"
         elif not recipe.needs & {*ASKED}:
-            shape = (prompts, size, len(names), decisions)[: 4 if per_decision else 3]
+            shape = (prompts, size, len(names), decisions)[: 4 if "aligned" in recipe.needs else 3]
             rewards = torch.linspace(0, 1, math.prod(shape)).view(shape)
             aligned = kind != "language"
             group = Group(rewards, torch.ones(len(names)), ones, -ones, aligned, names=names, outcome=0)
@@ -186,7 +181,9 @@ or on the command line: `make train APP=text_to_sql SET="objective.recipe=dapo o
 ## What runs where
 
 The rollouts of a language model decide different things at decision t. *Aligned* rollouts, those of flow and forecast policies,
-answer one question there, so each decision may have its own reward. {everywhere} recipes can run on all four. The others:
+answer one question there, so each decision may have its own reward: a recipe that needs `aligned` gets these, any other one
+the reward of the rollout, which of a forecast is the mean over its decisions. {everywhere} recipes can run on all three. The
+others:
 
 {elsewhere}
 
@@ -202,7 +199,7 @@ def page() -> str:
         for r in recipes
     ]
     elsewhere = [
-        [name, *("no" if kind in why else "yes" for kind in KINDS), "; ".join(dict.fromkeys(why.values()))]
+        [name, *("no" if kind in why else "yes" for kind in GIVES), _reasons(why.values())]
         for name, why in refused.items()
         if why
     ]
@@ -215,7 +212,7 @@ def page() -> str:
         grades="\n".join(f"  - `{grade}`: {words}" for grade, words in GRADES.items()),
         family=_rows(["recipe", "what it changes", "sets", "needs", "grade", "source"], family),
         everywhere=len(RECIPES) - len(elsewhere),
-        elsewhere=_rows(["recipe", *KINDS, "why not"], elsewhere),
+        elsewhere=_rows(["recipe", *GIVES, "why not"], elsewhere),
         sections="\n\n".join(map(section, recipes)),
     )
 
@@ -232,6 +229,12 @@ def section(recipe: Recipe) -> str:
     together = [(said, list(run)) for said, run in groupby(changed, key=lambda option: option.meaning)]
     lines = [f"- {', '.join(f'`{option}` ({option.allowed})' for option in run)}: {said}." for said, run in together]
     return "\n\n".join(parts + ["\n".join(_flowed(line, "  ") for line in lines)] * bool(lines))
+
+
+def _reasons(found: Iterable[str]) -> str:
+    """Each once, without those that another one includes."""
+    told = dict.fromkeys(found)
+    return "; ".join(one for one in told if not any(one != other and one in other for other in told))
 
 
 def _rows(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

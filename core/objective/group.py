@@ -43,9 +43,10 @@ class Group:
     failed: (P, G) bool, True where a check could not judge the rollout.
     names: K component names. outcome: index of the component that is the task's own success.
     task: (P,) int, which task a prompt belongs to; None = all the same.
+    segments: (B, T) int, 0 <= number < T; decisions of one block have one number within their row. None = no blocks.
     model: answers what rewards and log-probabilities do not hold. seed: of what a recipe draws; the same on all ranks.
-    Raises ValueError for shapes that do not fit, old_logps without a mask, infinite rewards or weights, and (P, G, K, T)
-    on an unaligned group.
+    Raises ValueError for shapes that do not fit, old_logps without a mask, segments that are no such numbers, infinite
+    rewards or weights, and (P, G, K, T) on an unaligned group.
     """
 
     rewards: Tensor
@@ -57,6 +58,7 @@ class Group:
     names: tuple[str, ...] = ()
     outcome: int | None = None
     task: Tensor | None = None
+    segments: Tensor | None = None
     model: Model | None = None
     seed: int = 0
 
@@ -82,7 +84,7 @@ class Group:
                 raise ValueError(f"failed has shape {tuple(self.failed.shape)}; expected {(prompts, size)}")
             where = self.failed.bool().view(prompts, size, *[1] * (self.rewards.dim() - 2))
             self.rewards = self.rewards.masked_fill(where, torch.nan)
-        for name, rows in (("mask", self.mask), ("old_logps", self.old_logps)):
+        for name, rows in (("mask", self.mask), ("old_logps", self.old_logps), ("segments", self.segments)):
             if rows is not None and (
                 rows.dim() != 2 or len(rows) != prompts * size or rows.shape[1:] != (shape[3:] or rows.shape[1:])
             ):
@@ -91,6 +93,8 @@ class Group:
         if self.old_logps is not None and (self.mask is None or self.mask.shape != self.old_logps.shape):
             mask = None if self.mask is None else tuple(self.mask.shape)
             raise ValueError(f"old_logps of shape {tuple(self.old_logps.shape)} need a mask of that shape, not {mask}")
+        if self.segments is not None:
+            self._check_segments()
         if self.task is not None and self.task.shape != (prompts,):
             raise ValueError(f"task has shape {tuple(self.task.shape)}; expected {(prompts,)}")
         for k in range(components):
@@ -127,6 +131,18 @@ class Group:
         mask = self.mask.to(self.old_logps.dtype)
         total = torch.where(self.mask.bool(), self.old_logps, 0.0).sum(1)
         return (total / mask.sum(1).clamp(min=1.0)).view(self.rewards.shape[:2])
+
+    def _check_segments(self) -> None:
+        numbers = self.segments
+        if self.mask is not None and numbers.shape != self.mask.shape:
+            raise ValueError(f"segments of shape {tuple(numbers.shape)} do not fit a mask of {tuple(self.mask.shape)}")
+        if numbers.is_floating_point() or numbers.dtype == torch.bool:
+            raise ValueError(f"segments are {numbers.dtype}; they must be whole numbers, one for each block of a row")
+        if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < numbers.shape[1]:
+            raise ValueError(
+                f"segments go from {numbers.min()} to {numbers.max()}; a row of {numbers.shape[1]} decisions has at most as "
+                f"many blocks: number them from 0 to {numbers.shape[1] - 1}"
+            )
 
     def _name(self, k: int) -> str:
         return repr(self.names[k]) if self.names else f"{k}"

@@ -18,9 +18,10 @@ from core.objective.advantage import (
     keep_groups,
     median_advantages,
     quantile_advantages,
+    ranked_advantages,
     virtual_maximum,
 )
-from core.objective.aggregation import decoupled_sum, favour_unlikely, gated_mean, group_range_sum
+from core.objective.aggregation import decoupled_sum, favour_unlikely, gated_mean, group_range_sum, share_credit
 from core.objective.composition import Recipe, combine, unknown
 from core.objective.forward_process import mirrored_regression, signed_preference
 from core.objective.modulation import (
@@ -393,7 +394,8 @@ diffusion_nft = Recipe(
     "diffusion_nft",
     source="arXiv 2509.16117 (mix=0.1 for several rewards); Edit-R1 of 2510.16888",
     grade="a",
-    summary="no noisy steps, no ratio: velocities regress on good samples, and their mirror images at the old ones on bad ones",
+    summary="no noisy steps, no ratio: velocities regress on good samples, and their mirror images at the old ones on bad ones;"
+    " wants rollout.shared_noise=false",
     equation="r = clip(A / 10 + 1/2, 0, 1);  v+ = v_old + b (v - v_old), v- = v_old - b (v - v_old), x = noised - sigma v;"
     "  L = 5 / b (r |x+ - clean|^2 / w+ + (1 - r) |x- - clean|^2 / w-) + 1e-4 |v - v_ref|^2, w = mean |x - clean|",
     advantage=batch_scaled,
@@ -405,13 +407,43 @@ group_preference = Recipe(
     "group_preference",
     source="arXiv 2603.16769 (GDPO-SR; not the GDPO of several rewards)",
     grade="a",
-    summary="a group is one signed preference against the reference; no noisy steps, no ratio: for one-step generators too",
+    summary="a group is one signed preference against the reference; no noisy steps, no ratio: for one-step generators too;"
+    " wants rollout.shared_noise=false",
     equation="r = sum_k w_k (R_k - min R_k) / (max R_k - min R_k);  L = -log sigmoid(-beta / 2 * sum_j A_j (l_j - l_ref_j)),"
     " l = |v - (noise - clean)|^2",
     aggregate=group_range_sum,
     advantage=partial(group_advantages, eps=1e-8),
     loss_fn=signed_preference,
     needs=frozenset({"renoised", "whole_groups", "whole_rollouts"}),
+)
+
+# -- forecasts: a decision is the class of one cell at one lead, and costs are what rewards differ by ---------------------
+
+forecast_grpo = Recipe(
+    "forecast_grpo",
+    source="ours, after arXiv 2511.22169 (its credit by field: credit=rollout)",
+    grade="c",
+    summary="each decision against the same one in the group; one scale for all, so that what costs more pushes more",
+    equation="A_t = (r_t - group mean r_t) / (root mean square of all that is left over the batch + eps);"
+    "  L = -min(rho A, clip(rho, 1 - low, 1 + high) A) + beta * KL_t, mean over decisions",
+    shape=share_credit,
+    advantage=partial(group_advantages, scale="pooled"),
+    regularize=closed_form_kl,
+    reduce=token_mean,
+    needs=frozenset({"aligned", "whole_batch"}),
+)
+
+faker_air = Recipe(
+    "faker_air",
+    source="arXiv 2511.22169, without its running statistics, weights of variables and leads, and controlled beta",
+    grade="a",
+    summary="one reward per rollout; ranks with some of the score; log-probabilities averaged over the rollout, no ratio",
+    equation="A = 0.9 rank(r) + 0.1 (r - batch mean) / batch std, rank in [-1, 1], ties share;"
+    "  L = mean over decisions of (-A l + 5e-4 KL)",
+    advantage=ranked_advantages,
+    surrogate=reinforce,
+    regularize=partial(closed_form_kl, beta=5e-4),
+    needs=frozenset({"whole_batch"}),
 )
 
 RECIPES = {recipe.name: recipe for recipe in list(globals().values()) if isinstance(recipe, Recipe)}

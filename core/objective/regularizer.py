@@ -70,8 +70,8 @@ def kl_and_entropy(
 def closed_form_kl(rows: Rows, *, beta: float = 0.0) -> tuple[Tensor | None, Metrics]:
     """beta * KL(policy || reference) of each decision in closed form, (B, T), and metrics; None instead of the term if beta=0.
 
-    Wants `divergence`, (B, T), in the extras: for Gaussians of one deviation mean((mu - mu_ref)^2) / (2 std^2), nats per
-    element. No ratio multiplies it: it is the KL itself, not an estimate.
+    Wants `divergence`, (B, T), in the extras: of a denoising step mean((mu - mu_ref)^2) / (2 std^2), nats per element; of a
+    cell of a forecast its distribution's own, nats. No ratio multiplies it: it is the KL itself, not an estimate.
     beta: weight of the KL. Published for images: 0.04 (GenEval, OCR), 0.01 (PickScore), in the unit of the released code,
     whose KL leaves the step's length out of the variance (rollout.divergence=code); of the exact KL the same pull takes
     beta * dt, 0.004 at ten even steps.

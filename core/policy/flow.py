@@ -13,23 +13,27 @@ Not covered: kernels whose noise has more than one scale for a step.
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from core.config import ConfigError, FlowRollout, Model
+from core.objective.composition import GIVES
 from core.policy.kernel import Kernel, Prior, Schedule, Window, divergence, draw, equalizer, log_prob
-from core.policy.trajectory import Decisions, Trajectory
+from core.policy.trajectory import Decisions, Trajectory, TrajectoryModule, joined, slices
+
+if TYPE_CHECKING:
+    from core.objective.recipes import Recipe
 
 Condition = dict[str, Tensor]  # first dimension: rows; "valid", if there, marks the elements of x that count
 GIVEN = "condition/"  # prefix of the condition's tensors in a trajectory's state
+ENOUGH = 0.9  # window=active: the share of the greatest variance that a shorter window must keep
 
 
 class FlowNet(Protocol):
@@ -66,34 +70,33 @@ class FlowNet(Protocol):
         """Takes the weights that `save` wrote there."""
 
 
-class FlowPolicy(nn.Module):
+class FlowPolicy(TrajectoryModule):
     """A net with the way it is sampled; see the module docstring.
 
     half: compute velocities in bfloat16, in rollouts and in `forward` alike. Raises ValueError for steps, a shift or a noise
     level that Schedule or Kernel refuse; a window is only looked at when it is used.
     """
 
+    provides = GIVES["flow"]
+
     def __init__(self, net: nn.Module, rollout: FlowRollout, half: bool = False):
-        super().__init__()
-        self.net, self.settings, self.half = net, rollout, half
+        super().__init__(net, rollout, half)
         self.schedule = Schedule.uniform(rollout.steps, rollout.shift)
         self.kernel = Kernel(rollout.kernel, rollout.noise_level)
         self.active: int | None = None  # window=active: how many steps are noisy, once it has been measured
-        self._averaged: dict[str, Tensor] = {}
-        self._reference: list[nn.Module] = []  # a list hides the copy from parameters() and state_dict()
-        self.eval()  # no dropout, also while training: a decision must weigh the same twice
 
-    def train(self, mode: bool = True) -> FlowPolicy:
-        """Stays in evaluation mode: dropout would make the first ratio differ from 1."""
-        return super().train(False)
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """What trainer.gradient_checkpointing calls. Raises ConfigError if the net cannot."""
-        if not hasattr(self.net, "gradient_checkpointing_enable"):
+    @classmethod
+    def refuse(cls, recipe: Recipe, settings: FlowRollout) -> None:
+        if "renoised" in recipe.needs and settings.shared_noise:
             raise ConfigError(
-                f"trainer.gradient_checkpointing=true: a {type(self.net).__name__} cannot compute its blocks again; remove it"
+                f"recipe {recipe.name} samples without noisy steps: with rollout.shared_noise=true all rollouts of a group are "
+                f"one; set rollout.shared_noise=false"
             )
-        self.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        if settings.window == "active" and not settings.shared_noise:
+            raise ConfigError(
+                "rollout.window=active measures the spread that noisy steps make, which rollouts of different starts hide; set "
+                "rollout.shared_noise=true, or window=first with a window_size"
+            )
 
     # -- acting ---------------------------------------------------------------------------------------------------------
 
@@ -112,6 +115,37 @@ class FlowPolicy(nn.Module):
         cut = self.settings.shortcut
         return self.schedule.shortcut(window.stop, cut) if cut else self.schedule
 
+    @property
+    def units(self) -> int:
+        return max(1, len(self.schedule) - 1)
+
+    @property
+    def unmeasured(self) -> bool:
+        return self.settings.window == "active" and self.active is None
+
+    def measure(
+        self,
+        conditions: Sequence[Mapping[str, Any]],
+        group_size: int,
+        seeds: Sequence[int],
+        *,
+        batch_size: int | None = None,
+        judge: Callable[[list[np.ndarray]], Tensor],
+    ) -> dict[str, float]:
+        """window=active: how many steps are worth being noisy, by the spread of rewards that they make within groups.
+
+        The policy of now is sampled with the first k steps noisy, for every k; the smallest k that keeps ENOUGH of the
+        greatest variance is taken (arXiv 2601.02356 keeps the steps of highest variance; the share is ours), and all steps if
+        no rewards differ.
+        """
+        variance = []
+        for k in range(1, len(self.schedule)):
+            total = judge(self.rollout(conditions, group_size, seeds, batch_size=batch_size, window=range(k)).outputs)
+            variance.append(float(total.var(dim=1, correction=1).mean()) if len(total) else 0.0)
+        enough = (k for k, v in enumerate(variance, 1) if v and v >= ENOUGH * max(variance))
+        self.active = next(enough, len(variance))
+        return {"active/steps": float(self.active)} | {f"active/variance_{k}": v for k, v in enumerate(variance, 1)}
+
     @torch.no_grad()
     def rollout(
         self,
@@ -124,7 +158,7 @@ class FlowPolicy(nn.Module):
         asks: frozenset[str] = frozenset(),
         window: range | None = None,
     ) -> Trajectory:
-        """See TrajectoryPolicy. window: other noisy steps than those of `batch`.
+        """See TrajectoryModule. window: other noisy steps than those of `batch`.
 
         asks: "aligned" keeps estimates; "divergence" the reference's velocities, "drift" the sampler's means; "renoised" makes
         rollouts without noise and noises their outputs again, at every sigma above 0, for forward-process losses.
@@ -318,85 +352,22 @@ class FlowPolicy(nn.Module):
 
     # -- other weights than those of now ----------------------------------------------------------------------------------
 
-    def keep_reference(self) -> None:
-        """From now on the reference is the policy of now: an adapter that can be turned off, or a frozen copy."""
-        try:
-            with self.net.reference():
-                pass
-        except ValueError:
-            self._reference[:] = [copy.deepcopy(self.net).requires_grad_(False)]
-
     @torch.no_grad()
     def reference_velocity(self, x: Tensor, sigma: Tensor | float, given: Condition) -> Tensor:
         """The velocity of the policy as it was before training."""
-        if self._reference:
-            return self.velocity(x, sigma, given, self._reference[0])
-        with self.net.reference():
-            return self.velocity(x, sigma, given)
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.net.named_parameters() if p.requires_grad}
-
-    def average(self, decay: float) -> None:
-        """Moves the averaged weights towards those of now by 1 - decay; the first call copies them.
-
-        They are float32 at least: in bfloat16 a thousandth of the way rounds to none.
-        """
-        for name, p in self.trained().items():
-            now = p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
-            self._averaged[name] = self._averaged[name].lerp_(now, 1 - decay) if name in self._averaged else now
-
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The averaged weights in place of those of now, if there are any."""
-        trained = self.trained() if self._averaged else {}
-        now = {name: p.detach().clone() for name, p in trained.items()}
-        try:
-            with torch.no_grad():
-                for name, p in trained.items():
-                    p.copy_(self._averaged[name])
-            yield
-        finally:
-            with torch.no_grad():
-                for name, p in trained.items():
-                    p.copy_(now[name])
+        with self.reference() as net:
+            return self.velocity(x, sigma, given, net)
 
     def memory(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside the net's weights."""
-        return {"active": self.active, "averaged": self._averaged}
+        return {"active": self.active} | super().memory()
 
     def remember(self, memory: Mapping[str, Any]) -> None:
-        self.active, self._averaged = memory["active"], dict(memory["averaged"])
-
-    def save(self, folder: Path) -> None:
-        """The net as evaluations see it."""
-        with self.averaged():
-            self.net.save(Path(folder))
+        self.active = memory["active"]
+        super().remember(memory)
 
 
 def repeated(given: Condition, times: int) -> Condition:
     return {name: part.repeat_interleave(times, dim=0) for name, part in given.items()} if times > 1 else given
-
-
-def slices(count: int, size: int | None) -> list[slice]:
-    """0..count in parts of at most `size`."""
-    size = size or max(count, 1)
-    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
-
-
-def joined(parts: Sequence[Trajectory]) -> Trajectory:
-    """The rollouts of several trajectories, one after the other."""
-    estimates = None
-    if parts[0].estimates is not None:
-        steps = zip(*(part.estimates for part in parts), strict=True)
-        estimates = [[output for part in step for output in part] for step in steps]
-    return Trajectory(
-        torch.cat([part.logps for part in parts]),
-        torch.cat([part.mask for part in parts]),
-        {name: torch.cat([part.state[name] for part in parts]) for name in parts[0].state},
-        [output for part in parts for output in part.outputs],
-        estimates,
-    )
 
 
 def load_net(settings: Model, path: str | Path, build: Callable[[Model], nn.Module]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What of a run depends on the kind of policy: one interface, and a class for each kind (language.py, flow.py).
+"""What of a run depends on the kind of policy: one interface, and a class for each kind (language.py, flow.py, forecast.py).
 
 An actor is a policy of one app under one config, loaded. All other files of core/run read the same for every kind: where
 kinds differ, they ask the actor.
@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from transformers import Trainer
 
-from core.app import App, Completion, Flow, Row
-from core.config import Batch, Config
+from core.app import App, Completion, Flow, Forecast, Row
+from core.batch import Batch
+from core.config import Config
 from core.objective.recipes import Recipe
 from core.run.folder import RunFolder
 from core.run.progress import Progress
+from core.train.arguments import refuse_few_prompts
 
 if TYPE_CHECKING:
     from core.run.evaluate import Judge
@@ -43,9 +45,13 @@ class Actor(ABC):
         """Raise ConfigError for what this kind's policy or trainer cannot do. weights: {component: weight}."""
 
     @classmethod
-    @abstractmethod
     def refuse_few(cls, rows: int, batch: Batch) -> None:
         """Raise ConfigError if so many training rows do not fill one generation batch."""
+        refuse_few_prompts(rows, batch)
+
+    @classmethod  # noqa: B027
+    def refuse_rows(cls, app: App, config: Config, rows: Sequence[Row]) -> None:
+        """Raise ConfigError for rows that this config does not fit."""
 
     @classmethod
     def warnings(cls, config: Config) -> list[str]:
@@ -95,12 +101,12 @@ class Actor(ABC):
         """The way `complete` answers, in a word or two."""
 
     @abstractmethod
-    def complete(self, rows: Sequence[Row], places: Sequence[int]) -> tuple[list[Completion], list[bool]]:
+    def complete(self, rows: Sequence[Row], places: Sequence[int]) -> tuple[Sequence[Completion], list[bool]]:
         """The answer to each row, the same on every call, and whether it was cut off. places: the rows' numbers among all."""
 
     @abstractmethod
-    def draws(self, rows: Sequence[Row], places: Sequence[int], count: int) -> list[list[Completion]]:
-        """`count` answers by chance to every row: count lists in the order of the rows."""
+    def draws(self, rows: Sequence[Row], places: Sequence[int], count: int) -> list[Sequence[Completion]]:
+        """`count` answers by chance to every row: so many sequences in the order of the rows."""
 
     @abstractmethod
     def fitting(self, rows: Sequence[Row], progress: Progress) -> list[Row]:
@@ -123,12 +129,12 @@ class Actor(ABC):
     # -- what is left of it -------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def keep(self, folder: RunFolder, name: str, completions: Sequence[Completion]) -> list[str]:
-        """Completions as JSON can hold them; what is no text is written to samples/<name>/."""
+    def keep(self, folder: RunFolder, name: str, rows: Sequence[Row], completions: Sequence[Completion]) -> list[str]:
+        """The rows' completions as JSON can hold them; what is no text is written below samples/, under this name."""
 
     @abstractmethod
-    def kept(self, folder: RunFolder, texts: Sequence[str]) -> list[Completion]:
-        """What `keep` kept."""
+    def kept(self, folder: RunFolder, rows: Sequence[Row], texts: Sequence[str]) -> Sequence[Completion]:
+        """What `keep` kept of the same rows."""
 
     @abstractmethod
     def form(self) -> dict[str, Any]:
@@ -141,14 +147,17 @@ class Actor(ABC):
 
     # -- answering requests (make predict) ----------------------------------------------------------------------------------
 
+    def refuse_requests(self) -> None:  # noqa: B027
+        """Raise ConfigError if this policy answers no requests."""
+
     @classmethod
     @abstractmethod
     def requests(cls, app: App, source: Path, target: Path) -> tuple[Requests, list[Row]]:
         """What INPUT= asks, and the rows that the app makes of it. Raises ConfigError for paths or requests that will not do."""
 
     @abstractmethod
-    def answer(self, requests: Requests, completions: Sequence[Completion], target: Path) -> None:
-        """Writes each request with its prediction to OUTPUT=."""
+    def answer(self, requests: Requests, rows: Sequence[Row], completions: Sequence[Completion], target: Path) -> None:
+        """Writes each request with its prediction to OUTPUT=. rows: prepared ones, of the requests."""
 
 
 def actor_of(app: App) -> type[Actor]:
@@ -157,6 +166,10 @@ def actor_of(app: App) -> type[Actor]:
         from core.run.flow import FlowActor  # with diffusers, which other apps do without
 
         return FlowActor
+    if isinstance(app.acts, Forecast):
+        from core.run.forecast import ForecastActor
+
+        return ForecastActor
     from core.run.language import LanguageActor
 
     return LanguageActor

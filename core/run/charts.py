@@ -36,6 +36,7 @@ class Chart:
     width: int
     height: int
     note: str = ""
+    x_label: str = "step"
     left: float = 46
     lines: list[dict] = field(default_factory=list)  # index, label, path, raw, band, marks
     x_ticks: list[tuple[float, str]] = field(default_factory=list)
@@ -50,10 +51,12 @@ def line_chart(
     unit_interval: bool = False,
     wide: bool = False,
     x_label: str = "step",
+    whole: bool = True,
 ) -> Chart | None:
     """A chart of the series, or None when no point is finite.
 
     rules: named horizontal lines (baselines).  unit_interval: the y axis is [0, 1] whatever the data.
+    whole: x counts something, such as steps: its ticks are whole numbers, and long series are smoothed.
     """
     series = [s for s in series if np.isfinite(np.asarray(s.y, float)).any()]
     if not series:
@@ -62,7 +65,7 @@ def line_chart(
     values = [v for s in series for ys in (s.y, s.lo, s.hi) if ys is not None for v in ys] + [v for _, v in rules]
     y_lo, y_hi = (0.0, 1.0) if unit_interval else _range(values)
     x_lo, x_hi = _range([x for s in series for x in s.x], pad=0)
-    chart = Chart(title, "", "", width, height)
+    chart = Chart(title, "", "", width, height, x_label=x_label)
     right, top, bottom = width - 12, 12, height - 34
 
     def at_x(x: float) -> float:
@@ -74,11 +77,11 @@ def line_chart(
     told = []
     for index, s in enumerate(series):
         x, y, lo, hi = (None if v is None else np.asarray(v, float) for v in (s.x, s.y, s.lo, s.hi))
-        window = 1 if s.points or len(y) < 30 else 2 * (len(y) // 40) + 1
+        window = 1 if s.points or not whole or len(y) < 30 else 2 * (len(y) // 40) + 1
         mean = running_mean(y, window)
         known = mean[np.isfinite(mean)]
         told.append(f"{s.label} from {known[0]:.3g} to {known[-1]:.3g}")
-        if index == 0:
+        if len(series) == 1:
             chart.now = f"{known[0]:.3g} → {known[-1]:.3g}" if known.size > 1 else f"{known[0]:.3g}"
         line = {"index": index, "label": s.label, "marks": [], "band": "", "raw": ""}
         line["path"] = _path(x, mean, at_x, at_y)
@@ -93,8 +96,8 @@ def line_chart(
         elif lo is not None:
             line["band"] = _band(x, running_mean(lo, window), running_mean(hi, window), at_x, at_y)
         chart.lines.append(line)
-    chart.alt = f"{title} over {x_label}s {x_lo:g} to {x_hi:g}: {'; '.join(told)}"
-    chart.x_ticks = [(at_x(v), f"{v:g}") for v in nice_ticks(x_lo, x_hi) if v == int(v)]
+    chart.alt = f"{title}, {x_label} {x_lo:g} to {x_hi:g}: {'; '.join(told)}"
+    chart.x_ticks = [(at_x(v), f"{v:g}") for v in nice_ticks(x_lo, x_hi) if not whole or v == int(v)]
     chart.y_ticks = [(at_y(v), f"{v:.6g}") for v in nice_ticks(y_lo, y_hi)]
     chart.rules = [(at_y(v), f"{name} {v:.3g}") for name, v in rules if math.isfinite(v)]
     return chart

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,10 +18,21 @@ from core import ranks
 from core.app import App, Completion, Row
 from core.cache import Cache
 from core.config import Config
+from core.policy.trajectory import slices
 from core.pool import Limits, Pool
+from core.run import statistics
 from core.run.actor import Actor
-from core.run.statistics import bootstrap_mean, paired_bootstrap
 from core.scoring import Scorer
+
+Weights = dict[str, np.ndarray]  # {name: (N,)}, how many cases a value is the mean of: 0 = none, NaN = not scored
+
+
+class Graded(NamedTuple):
+    """scores: {metric: (N,)}. reasons: per row {metric: reason code}. weights: of the scores."""
+
+    scores: dict[str, np.ndarray]
+    reasons: list[dict[str, str]]
+    weights: Weights
 
 
 @dataclass(frozen=True)
@@ -30,21 +41,23 @@ class Evaluation:
 
     scores: {metric: (N,)} of the completions; sampled: {metric: (N,)}, the mean over the samples of a row; empty if none
     were drawn. rewards: {component: (N,)} of the completions. reasons: per row {metric: reason code}.
+    weights: {"scores", "sampled", "rewards": Weights}.
     """
 
-    completions: list[Completion]
+    completions: Sequence[Completion]
     truncated: list[bool]
     scores: dict[str, np.ndarray]
     reasons: list[dict[str, str]]
     sampled: dict[str, np.ndarray]
     rewards: dict[str, np.ndarray]
+    weights: dict[str, Weights]
 
     def mean(self, name: str) -> float:
-        return float(np.nanmean(self.scores[name]))
+        return mean(self.scores[name], self.weights["scores"][name])
 
     @property
     def unscored(self) -> int:
-        return int(np.isnan(next(iter(self.scores.values()))).sum())
+        return int(np.isnan(next(iter(self.weights["scores"].values()))).sum())
 
 
 class Judge:
@@ -63,6 +76,7 @@ class Judge:
         self.metrics = Scorer(dict(app.metrics), **shared)
         self.rewards = Scorer({name: reward for name, (_, reward) in composite.items()}, **shared)
         self.weights = [weight for weight, _ in composite.values()]
+        self.at_once = config.evaluate.batch_size
 
     def __enter__(self) -> Judge:
         return self
@@ -72,12 +86,24 @@ class Judge:
         self.rewards.close()
 
 
-def grade(
-    judge: Judge, rows: Sequence[Row], completions: Sequence[Completion]
-) -> tuple[dict[str, np.ndarray], list[dict[str, str]]]:
-    """{metric: (N,)} and the reasons, in the order of the rows."""
-    scores = judge.metrics.score(list(completions), list(rows))
-    return {name: scores.values[:, k] for k, name in enumerate(judge.metrics.names)}, scores.reasons
+def grade(judge: Judge, rows: Sequence[Row], completions: Sequence[Completion]) -> Graded:
+    """What the metrics say, in the order of the rows."""
+    return score(judge, judge.metrics, rows, completions)
+
+
+def score(judge: Judge, scorer: Scorer, rows: Sequence[Row], completions: Sequence[Completion]) -> Graded:
+    """Completions that are no list do not fit in memory together: a few are scored at a time."""
+    size = len(rows) if isinstance(completions, list) else judge.at_once
+    made = [scorer.score(list(completions[part]), list(rows[part])) for part in slices(len(rows), size)]
+    failed = np.concatenate([part.failed for part in made])
+    values = np.concatenate([part.values for part in made])
+    weights = np.where(failed[:, None], np.nan, np.concatenate([part.weights for part in made]))
+    names = dict(enumerate(scorer.names))
+    return Graded(
+        {name: values[:, k] for k, name in names.items()},
+        [reasons for part in made for reasons in part.reasons],
+        {name: weights[:, k] for k, name in names.items()},
+    )
 
 
 def yes_or_no(values: np.ndarray) -> bool:
@@ -98,20 +124,36 @@ def evaluate(
     def whole(part) -> list:
         return ranks.gather(part)[:total]
 
-    sampled: dict[str, np.ndarray] = {}
-    rewards: dict[str, np.ndarray] = {}
     with ranks.together():
         completions, truncated = actor.complete(rows, places)
-        scores, reasons = grade(judge, rows, completions)
-        if samples:
-            drawn = [grade(judge, rows, draw)[0] for draw in actor.draws(rows, places, samples)]
-            sampled = {name: np.mean([d[name] for d in drawn], axis=0) for name in scores}
-        if with_rewards:
-            values = judge.rewards.score(completions, list(rows)).values
-            rewards = {name: values[:, k] for k, name in enumerate(judge.rewards.names)}
-    arrays = ({name: np.array(whole(values)) for name, values in part.items()} for part in (scores, sampled, rewards))
-    scores, sampled, rewards = arrays
-    return Evaluation(whole(completions), whole(truncated), scores, whole(reasons), sampled, rewards)
+        scores, reasons, weights = grade(judge, rows, completions)
+        sampled = _over_draws([grade(judge, rows, draw) for draw in actor.draws(rows, places, samples)])
+        rewards = score(judge, judge.rewards, rows, completions) if with_rewards else Graded({}, [], {})
+    found = (scores, sampled.scores, rewards.scores, weights, sampled.weights, rewards.weights)
+    scores, sampled, rewards, *weights = ({name: np.array(whole(v)) for name, v in part.items()} for part in found)
+    return Evaluation(
+        completions if ranks.count() == 1 else whole(completions),
+        whole(truncated),
+        scores,
+        whole(reasons),
+        sampled,
+        rewards,
+        dict(zip(("scores", "sampled", "rewards"), weights, strict=True)),
+    )
+
+
+def _over_draws(drawn: Sequence[Graded]) -> Graded:
+    """Of each row the mean over its draws, by their weights, and the mean of these."""
+    values, weights = {}, {}
+    for name in drawn[0].scores if drawn else ():
+        value, weight = (np.array([getattr(one, part)[name] for one in drawn]) for part in ("scores", "weights"))
+        weights[name] = weight.mean(axis=0)
+        if unweighted(value, weight):
+            values[name] = np.mean(value, axis=0)
+        else:
+            with np.errstate(invalid="ignore"):
+                values[name] = np.where(weight > 0, weight * value, 0).sum(axis=0) / weight.sum(axis=0)
+    return Graded(values, [], weights)
 
 
 def best_of(actor: Actor, judge: Judge, rows: Sequence[Row], count: int, headline: str) -> dict[str, float]:
@@ -120,18 +162,40 @@ def best_of(actor: Actor, judge: Judge, rows: Sequence[Row], count: int, headlin
     graded = np.array([grade(judge, rows, draw)[0][headline] for draw in drawn])  # (count, N)
     common = [Counter(d[i] for d in drawn).most_common(1)[0][0] for i in range(len(rows))]
     voted = grade(judge, rows, common)[0][headline]
-    return {"oracle": float(np.nanmean(np.nanmax(graded, axis=0))), "most_common": float(np.nanmean(voted))}
+    best = np.nanmin if actor.app.better(headline) == "lower" else np.nanmax
+    return {"oracle": float(np.nanmean(best(graded, axis=0))), "most_common": float(np.nanmean(voted))}
 
 
 def clusters(app: App, rows: Sequence[Row]) -> list[str] | None:
     return [str(row[app.cluster]) for row in rows] if app.cluster else None
 
 
-def interval(app: App, rows: Sequence[Row], values: np.ndarray) -> tuple[float, float, float]:
+def unweighted(values: np.ndarray, weights: np.ndarray) -> bool:
+    """Whether every scored value weighs 1: then plain means say the same, and NaN is NaN."""
+    return bool((weights[~np.isnan(values)] == 1).all())
+
+
+def mean(values: np.ndarray, weights: np.ndarray) -> float:
+    """Of what could be scored, by its weights; NaN if nothing could."""
+    return statistics.mean(values, None if unweighted(values, weights) else weights)
+
+
+def interval(
+    app: App, rows: Sequence[Row], values: np.ndarray, weights: np.ndarray | None = None
+) -> tuple[float, float, float]:
     """Mean with its 95 % interval, resampling the app's clusters."""
-    return bootstrap_mean(values, clusters(app, rows))
+    weights = None if weights is None or unweighted(values, weights) else weights
+    return statistics.bootstrap_mean(values, clusters(app, rows), weights=weights)
 
 
-def change(app: App, rows: Sequence[Row], before: np.ndarray, after: np.ndarray) -> tuple[float, float, float]:
-    """Mean change with its 95 % paired interval, resampling the app's clusters."""
-    return paired_bootstrap(before, after, clusters(app, rows))
+def change(
+    app: App,
+    rows: Sequence[Row],
+    before: np.ndarray,
+    after: np.ndarray,
+    weights: tuple[np.ndarray, np.ndarray] | None = None,
+) -> tuple[float, float, float]:
+    """Mean change with its 95 % paired interval, resampling the app's clusters. weights: of before, of after."""
+    if weights is None or (unweighted(before, weights[0]) and unweighted(after, weights[1])):
+        weights = None
+    return statistics.paired_bootstrap(before, after, clusters(app, rows), weights=weights)

@@ -8,35 +8,33 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from transformers import set_seed
 
 from core.app import App, Row
-from core.config import Batch, Config, ConfigError
+from core.batch import Batch
+from core.config import Config, ConfigError
 from core.objective.recipes import Recipe
 from core.policy.flow import FlowPolicy, load_net
 from core.run import media
-from core.run.actor import Actor, Requests
+from core.run.actor import Requests
 from core.run.folder import RunFolder
-from core.run.progress import Progress
 from core.run.requests import read_pictures
-from core.train import trajectory
+from core.run.sequences import Lazy
+from core.run.trajectory import TrajectoryActor
 from core.train.flow_matching import imitate, straighten
-from core.train.warmup import quiet
-
-if TYPE_CHECKING:
-    from core.run.evaluate import Judge
 
 UNSAID = 0.1  # share of a warm start's rows without their instruction, if the policy will be guided (arXiv 2207.12598)
 
 
 @dataclass(frozen=True)
-class FlowActor(Actor):
+class FlowActor(TrajectoryActor):
     """model: a FlowPolicy. Completions are pictures, float32 (H, W, 3) in [0, 1]."""
 
+    policy = FlowPolicy
     model: FlowPolicy
 
     @classmethod
@@ -54,27 +52,7 @@ class FlowActor(Actor):
                 policy.kernel.std(sigma, after)
         except ValueError as error:
             raise ConfigError(f"rollout: {error}") from error
-        with quiet():
-            trajectory.check(config, batch, recipe, weights, app.outcome)
-
-    @classmethod
-    def refuse_few(cls, rows: int, batch: Batch) -> None:
-        needed = batch.prompts * batch.steps_per_batch
-        if rows < needed:
-            raise ConfigError(
-                f"{rows} training rows are fewer than the {needed} of one generation batch (prompts_per_step={batch.prompts} x "
-                f"steps_per_batch={batch.steps_per_batch}). Lower rollout.prompts_per_step or give more data"
-            )
-
-    @classmethod
-    def warnings(cls, config: Config) -> list[str]:
-        model = config.model
-        if model.dtype == "bfloat16" and model.path != "tiny" and not model.lora_rank and config.optim.lr < 1e-4:
-            return [
-                f"model.dtype=bfloat16 trains all weights in bfloat16, whose steps are 1/256 of a weight: at optim.lr="
-                f"{config.optim.lr:g} most updates round to nothing. Use model.dtype=float32 or model.lora_rank=32"
-            ]
-        return []
+        super().refuse(app, config, batch, recipe, weights)
 
     @classmethod
     def _of(cls, app: App, config: Config, path: str | Path) -> Self:
@@ -106,7 +84,7 @@ class FlowActor(Actor):
         on_log: Callable[[int, dict[str, float]], None],
     ) -> None:
         warmup = self.config.warmup
-        conditions = [self.app.acts.condition(row) for row in rows]
+        conditions = Lazy(self.app.acts.condition, rows)
         common = {"batch_size": warmup.batch_size, "seed": self.config.run.seed}
         try:
             imitate(
@@ -131,15 +109,12 @@ class FlowActor(Actor):
         except FloatingPointError as error:
             raise ConfigError(str(error)) from error
 
-    def save(self, folder: Path, weights: Any = None) -> None:
-        self.model.save(folder)
-
     @property
     def how(self) -> str:
         return f"in {self.config.rollout.eval_steps} ODE steps"
 
     def _generate(self, rows: Sequence[Row], places: Sequence[int], draw: int) -> list[np.ndarray]:
-        """Answer number `draw` to each row; what it starts from depends on the run's seed, the row's place and `draw` alone."""
+        """Answer number `draw` to each row; it depends on no other row of a batch."""
         size, made = self.config.evaluate.batch_size, {}
         for first in range(0, len(rows), size):  # conditions are read when needed: pictures take memory
             alike = defaultdict(list)  # a net takes pictures of one size at a time
@@ -149,7 +124,7 @@ class FlowActor(Actor):
             for batch in alike.values():
                 outputs = self.model.generate(
                     [condition for _, condition in batch],
-                    seeds=[(self.config.run.seed * 1009 + draw) * 1_000_003 + places[i] for i, _ in batch],
+                    seeds=self.seeds([places[i] for i, _ in batch], draw),
                     steps=self.config.rollout.eval_steps,
                     batch_size=size,
                 )
@@ -163,49 +138,16 @@ class FlowActor(Actor):
         """From other noise."""
         return [self._generate(rows, places, draw) for draw in range(1, count + 1)]
 
-    def fitting(self, rows: Sequence[Row], progress: Progress) -> list[Row]:
-        return list(rows)
+    def drawn(self, rows: Sequence[Row], outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return list(outputs)
 
-    def trainer(
-        self,
-        rows: Sequence[Row],
-        judge: Judge,
-        recipe: Recipe,
-        batch: Batch,
-        folder: RunFolder,
-        callbacks: Sequence[Any],
-    ) -> trajectory.TrajectoryTrainer:
-        def on_rollouts(step: int, columns: dict[str, list]) -> None:
-            outputs = columns.pop("output")
-            names = [f"samples/rollouts/step-{step:06d}-{i:02d}.png" for i in range(len(outputs))]
-            for i, output in enumerate(outputs):
-                if output is not None:
-                    columns["completion"][i] = media.write_picture(folder, names[i], output)
-            folder.log_rollouts(step, columns)
-
-        return trajectory.TrajectoryTrainer(
-            policy=self.model,
-            condition=self.app.acts.condition,
-            rows=rows,
-            scorer=judge.rewards,
-            weights=judge.weights,
-            outcome=self.app.outcome,
-            recipe=recipe,
-            config=self.config,
-            batch=batch,
-            output=folder.path / "checkpoints",
-            on_rollouts=on_rollouts,
-            on_not_finite=lambda step, rows: folder.write_json(f"samples/not-finite-{step:06d}.json", rows),
-            callbacks=callbacks,
-        )
-
-    def keep(self, folder: RunFolder, name: str, completions: Sequence[np.ndarray]) -> list[str]:
+    def keep(self, folder: RunFolder, name: str, rows: Sequence[Row], completions: Sequence[np.ndarray]) -> list[str]:
         return [
             media.write_picture(folder, f"samples/{name}/{i:05d}.png", completion)
             for i, completion in enumerate(completions)
         ]
 
-    def kept(self, folder: RunFolder, texts: Sequence[str]) -> list[np.ndarray]:
+    def kept(self, folder: RunFolder, rows: Sequence[Row], texts: Sequence[str]) -> list[np.ndarray]:
         return [media.read_picture(folder.path / text) for text in texts]
 
     def form(self) -> dict[str, Any]:
@@ -243,7 +185,7 @@ Without Python: `make predict APP={name}{task} MODEL=<this folder> INPUT=<folder
             raise ConfigError(f"OUTPUT={target} is a file, or INPUT= itself; give the name of another folder")
         return read_pictures(app, source)
 
-    def answer(self, requests: Requests, completions: Sequence[np.ndarray], target: Path) -> None:
+    def answer(self, requests: Requests, rows: Sequence[Row], completions: Sequence[np.ndarray], target: Path) -> None:
         """<id>.png each, and predictions.jsonl."""
         folder = RunFolder(target)
         lines = [

@@ -121,6 +121,22 @@ class RunFolder:
             raise
         return target
 
+    def write_made(self, name: str, make: Callable[[Path], None]) -> Path:
+        """Like `write_bytes`, of a file or a folder that `make` writes at the path it is given; it ends like `name`."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}")
+        _remove(part)
+        try:
+            make(part)
+            _flush(part)
+            _remove(target)
+            part.rename(target)
+        except BaseException:
+            _remove(part)
+            raise
+        return target
+
     def write_text(self, name: str, text: str) -> Path:
         return self.write_bytes(name, text.encode("utf-8", "replace"))
 
@@ -285,9 +301,7 @@ def make_folder(target: Path, make: Callable[[Path], None], say: Callable[[str],
                 shutil.rmtree(part)
         make(part)
         with _writing(target):
-            for path in (path for path in part.rglob("*") if path.is_file()):
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+            _flush(part)
             part.rename(target)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -391,6 +405,19 @@ def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
         return []
     found = [(re.fullmatch(pattern, entry.name), entry) for entry in folder.iterdir()]
     return sorted((int(match[1]), entry) for match, entry in found if match)
+
+
+def _flush(path: Path) -> None:
+    """To the disk: a file, or every file of a folder."""
+    for one in (path, *path.rglob("*")):
+        if one.is_file():
+            with one.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.exists():
+        _delete(path)
 
 
 def _delete(entry: Path) -> None:

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from core import ranks
 from core.app import App, Row
-from core.config import Batch, Config, ConfigError
+from core.batch import Batch
+from core.config import Config, ConfigError
 from core.objective.recipes import Recipe
 from core.policy import language, tiny
 from core.policy.language import Sampling, complete
@@ -20,7 +21,7 @@ from core.run.actor import Actor, Requests
 from core.run.folder import RunFolder
 from core.run.progress import Progress
 from core.run.requests import read_lines, row_of
-from core.train.arguments import arguments, refuse_few_prompts, refuse_recipe
+from core.train.arguments import arguments, refuse_recipe
 from core.train.language import LanguageTrainer
 from core.train.warmup import imitate, quiet
 
@@ -45,10 +46,6 @@ class LanguageActor(Actor):
         refuse_recipe(recipe, weights, app.outcome, config)
         with quiet():  # for its refusals: a typo in `trainer:` costs no warm start
             arguments(config, batch, recipe, Path())
-
-    @classmethod
-    def refuse_few(cls, rows: int, batch: Batch) -> None:
-        refuse_few_prompts(rows, batch)
 
     @classmethod
     def warnings(cls, config: Config) -> list[str]:
@@ -174,10 +171,10 @@ class LanguageActor(Actor):
             peft_config=lora(self.config),
         )
 
-    def keep(self, folder: RunFolder, name: str, completions: Sequence[str]) -> list[str]:
+    def keep(self, folder: RunFolder, name: str, rows: Sequence[Row], completions: Sequence[str]) -> list[str]:
         return list(completions)
 
-    def kept(self, folder: RunFolder, texts: Sequence[str]) -> list[str]:
+    def kept(self, folder: RunFolder, rows: Sequence[Row], texts: Sequence[str]) -> list[str]:
         return list(texts)
 
     def form(self) -> dict[str, Any]:
@@ -198,7 +195,7 @@ class LanguageActor(Actor):
             raise ConfigError(f"INPUT={source} is empty; give a file with one JSON object a line")
         return requests, rows
 
-    def answer(self, requests: Requests, completions: Sequence[str], target: Path) -> None:
+    def answer(self, requests: Requests, rows: Sequence[Row], completions: Sequence[str], target: Path) -> None:
         """A JSON-lines file; "prediction" is null where no answer could be read from the "completion"."""
         read = self.app.extract or (lambda text: text)
         lines = [

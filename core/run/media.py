@@ -41,6 +41,11 @@ def write_picture(folder: RunFolder, name: str, picture: np.ndarray) -> str:
     return name
 
 
+def entry(folder: RunFolder, name: str, value: Any) -> str:
+    """What a table of text holds of a value: the name of the file that a picture is written to, or the value as text."""
+    return write_picture(folder, name, value) if is_picture(value) else str(value)
+
+
 def read_picture(path: Path) -> np.ndarray:
     """float32 (H, W, 3) in [0, 1]."""
     from PIL import Image

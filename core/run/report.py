@@ -48,7 +48,7 @@ def write_report(folder: RunFolder | str | os.PathLike, summary: Mapping[str, An
     summary: as in summary.json; every field may be missing.
     extra, all optional: `table` [{name, before, after, change, lo, hi}] the other metrics; `health` as Health.block()
     gives it (otherwise replayed from metrics.jsonl with `updates_per_batch`, default 1); `warmup` [{step, loss,
-    metric}]; `batch` the derived batch line; `command`;
+    metric}]; `batch` the derived batch line; `command`; `plots` of the verification, fields as in core.app.Plot;
     `samples` [{question, gold, before, after, given, before_ok, after_ok}], see core.run.summary.samples.
     """
     from jinja2 import Environment
@@ -76,6 +76,8 @@ def write_report(folder: RunFolder | str | os.PathLike, summary: Mapping[str, An
         summary=summary,
         extra=extra,
         rows=_result_rows(summary, extra),
+        best=_best_baseline(summary),
+        plots=_drawn(*map(_plot, extra.get("plots") or [])),
         headline=_drawn(_metric_chart(lines, summary), _reward_chart(lines, "reward", "reward_std", "Reward")),
         components=_component_charts(lines),
         diagnostics=_drawn(
@@ -119,18 +121,34 @@ def _result_rows(summary: Mapping, extra: Mapping) -> list[dict]:
         lo, hi = summary.get("ci95") or (None, None)
         change = after - before if _known(before) and _known(after) else None
         name = summary.get("metric", "metric")
-        rows.append({"name": name, "before": before, "after": after, "change": change, "lo": lo, "hi": hi})
-    columns = ("name", "before", "after", "change", "lo", "hi")
+        better = summary.get("better")
+        rows.append(
+            {"name": name, "before": before, "after": after, "change": change, "lo": lo, "hi": hi, "better": better}
+        )
+    columns = ("name", "before", "after", "change", "lo", "hi", "better")
     rows += [
         {k: row.get(k) for k in columns}
         for row in extra.get("table") or []
         if not rows or row["name"] != rows[0]["name"]
     ]
-    sign = -1 if summary.get("better") == "lower" else 1
     for i, row in enumerate(rows):
-        bounds = sorted(sign * b for b in (row["lo"], row["hi"]) if _known(b))
-        row["verdict"] = "" if i or len(bounds) < 2 else "good" if bounds[0] > 0 else "bad" if bounds[1] < 0 else "open"
+        row["verdict"] = "" if i else _verdict(summary, row["lo"], row["hi"])
     return rows
+
+
+def _verdict(summary: Mapping, lo: Any, hi: Any) -> str:
+    """Of an interval of a difference in the headline: good, bad or open; empty where there is none."""
+    sign = -1 if summary.get("better") == "lower" else 1
+    bounds = sorted(sign * b for b in (lo, hi) if _known(b))
+    return "" if len(bounds) < 2 else "good" if bounds[0] > 0 else "bad" if bounds[1] < 0 else "open"
+
+
+def _best_baseline(summary: Mapping) -> dict[str, Any] | None:
+    best = summary.get("best_baseline")
+    if not best:
+        return None
+    lo, hi = best["ci95"]
+    return {**best, "lo": lo, "hi": hi, "verdict": _verdict(summary, lo, hi)}
 
 
 def _replayed_health(lines: Sequence[Mapping], summary: Mapping, extra: Mapping) -> list:
@@ -181,6 +199,21 @@ def _component_charts(lines: Sequence[Mapping]) -> list[Chart]:
 def _warmup_charts(curve: Sequence[Mapping]) -> list[Chart]:
     metric = _series(curve, "metric", points=True)
     return _drawn(line_chart("Loss", [_series(curve, "loss")]), line_chart("Metric, held out", [metric]))
+
+
+def _plot(plot: Mapping[str, Any]) -> Chart | None:
+    """One of the verification."""
+    lines = [Series(label, *(_numbers(values) for values in line)) for label, line in plot["lines"].items()]
+    chart = line_chart(
+        plot["title"], lines, unit_interval=plot["unit"], wide=True, x_label=plot["x_label"], whole=False
+    )
+    if chart:
+        chart.note = plot["note"]
+    return chart
+
+
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
 
 
 def _drawn(*charts: Chart | None) -> list[Chart]:

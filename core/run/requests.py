@@ -32,6 +32,8 @@ def read_lines(source: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
 
 def row_of(app: App, request: dict[str, Any], where: str) -> Row:
     """The row that the app makes of a request. Raises ConfigError naming where it stands."""
+    if app.predict is None:
+        raise ConfigError(f"app {app.name} has no predict: it answers no free questions")
     try:
         return {"id": request["id"], **app.predict(request)}
     except KeyError as error:

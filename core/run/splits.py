@@ -9,18 +9,23 @@ from pathlib import Path
 from core import app as apps
 from core.app import App, Row, Rows
 from core.config import Config, ConfigError
+from core.policy.trajectory import slices
 from core.run import evaluate as ev
+from core.run.actor import actor_of
 from core.run.folder import make_folder
 from core.run.progress import Progress
 
 
 class Split:
-    """Training, validation and test rows. Validation clusters are taken out of the training ones; test is never touched."""
+    """Training, validation and test rows; test is never touched.
+
+    Validation is a split of its own (data.validation), or clusters that are taken out of the training ones.
+    """
 
     def __init__(self, app: App, config: Config, progress: Progress):
         source, splits = read(app, config, progress)
-        for key in (config.data.train, config.data.test):
-            if key not in splits:
+        for key in (config.data.train, config.data.test, config.data.validation):
+            if key is not None and key not in splits:
                 raise ConfigError(apps.unknown(f"split in {source}:", key, splits))
         options = config.task
         shuffle = random.Random(config.run.seed).shuffle
@@ -29,11 +34,15 @@ class Split:
         shuffle(train)
         if config.data.test_rows:
             shuffle(test)
-        keys = sorted({str(row[app.cluster]) for row in train}) if app.cluster else []
-        shuffle(keys)
-        held = set(keys[: round(len(keys) * config.data.validation_share)])
-        validation = [row for row in train if held and str(row[app.cluster]) in held]
-        train = [row for row in train if not (held and str(row[app.cluster]) in held)]
+        if config.data.validation:
+            validation = list(splits[config.data.validation])
+            shuffle(validation)
+        else:
+            keys = sorted({str(row[app.cluster]) for row in train}) if app.cluster else []
+            shuffle(keys)
+            held = set(keys[: round(len(keys) * config.data.validation_share)])
+            validation = [row for row in train if held and str(row[app.cluster]) in held]
+            train = [row for row in train if not (held and str(row[app.cluster]) in held)]
         self.train: list[Row] = apps.prepare(app, train[: config.data.train_rows], options)
         self.validation: list[Row] = apps.prepare(app, validation[: config.evaluate.validation_rows], options)
         self.test: list[Row] = apps.prepare(app, test[: config.data.test_rows], options)
@@ -42,6 +51,8 @@ class Split:
                 f"{source}: split {config.data.train} has {len(self.train)} rows and {config.data.test} "
                 f"{len(self.test)}; both need some"
             )
+        for rows in (self.train, self.test):
+            actor_of(app).refuse_rows(app, config, rows)
         self._app, self._options, self._splits = app, options, splits
         progress.note(
             f"data: {source}: {len(self.train)} training, {len(self.validation)} validation, {len(self.test)} test rows"
@@ -99,17 +110,18 @@ def check_gold(app: App, judge: ev.Judge, data: Split, progress: Progress, rows:
     for part in chosen:
         judge.rewards.check_columns(part[0])
         judge.metrics.check_columns(part[0])
-        scores = judge.rewards.score([app.gold(row) for row in part], part)
-        k = judge.rewards.names.index(app.outcome)
-        wrong = [i for i, value in enumerate(scores.values[:, k]) if not value >= best]
-        if wrong:
-            i = wrong[0]
-            got = "cannot be judged" if scores.failed[i] else f"scores {scores.values[i, k]:g}"
-            why = ": ".join(text for at in (scores.reasons, scores.details) if (text := at[i].get(app.outcome)))
-            raise ConfigError(
-                f"the gold answer of row {part[i]['id']} {got} on {app.outcome} ({why}), one of {len(wrong)} such rows in "
-                f"{len(part)}; mend the data or the reward (make check {command} shows every component)"
-            )
+        for few in (part[at] for at in slices(len(part), apps.AT_ONCE)):
+            scores = judge.rewards.score([app.gold(row) for row in few], few)
+            k = judge.rewards.names.index(app.outcome)
+            wrong = [i for i, value in enumerate(scores.values[:, k]) if not value >= best]
+            if wrong:
+                i = wrong[0]
+                got = "cannot be judged" if scores.failed[i] else f"scores {scores.values[i, k]:g}"
+                why = ": ".join(text for at in (scores.reasons, scores.details) if (text := at[i].get(app.outcome)))
+                raise ConfigError(
+                    f"the gold answer of row {few[i]['id']} {got} on {app.outcome} ({why}), one of {len(wrong)} such rows "
+                    f"in {len(few)}; mend the data or the reward (make check {command} shows every component)"
+                )
     progress.note(
         f"gold scores {best:g} on {app.outcome} for {sum(map(len, chosen))} of {sum(map(len, chosen))} rows tried"
     )

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from core import ranks
@@ -22,12 +21,24 @@ from core.run import evaluate as ev
 from core.run.actor import Actor, actor_of
 from core.run.folder import make_folder
 from core.run.progress import Progress
+from core.run.sequences import Lazy
 from core.run.splits import Split
 from core.train.warmup import cache_key
 
+GRADED = 256  # labels that are made when needed: so many are graded, spread evenly over the rows
 
-def start(app: App, config: Config, data: Split, judge: ev.Judge, progress: Progress) -> tuple[Actor, dict[str, Any]]:
-    """The policy that GRPO starts from, and how it came to be ({curve, seconds, path, distance})."""
+
+class NotMade(ConfigError):
+    """A supervised start is not in the cache, and must not be made here and now."""
+
+
+def start(
+    app: App, config: Config, data: Split, judge: ev.Judge, progress: Progress, make: bool = True
+) -> tuple[Actor, dict[str, Any]]:
+    """The policy that GRPO starts from, and how it came to be ({curve, seconds, path, distance}).
+
+    make: False raises NotMade instead of making a start that is not there yet.
+    """
     kind = actor_of(app)
     if config.model.path != "tiny" and config.warmup.labels == "none":
         actor = kind.load(app, config)
@@ -43,8 +54,10 @@ def start(app: App, config: Config, data: Split, judge: ev.Judge, progress: Prog
         *kind.start_needs(config),
     )
     cache = Path("runs") / "warmup" / f"{app.label}-{key}"
+    if not make and not cache.exists():
+        raise NotMade(f"the supervised start {cache} is not there")
     if ranks.count() > 1 and not cache.exists():
-        raise ConfigError(
+        raise NotMade(
             f"the warm start {cache} is not there yet and is made by one process; GPUS=n does that before it starts the ranks, "
             f"under another launcher run the same command once without it"
         )
@@ -58,15 +71,16 @@ def build_start(app: App, config: Config, data: Split, folder: Path, judge: ev.J
     """Train the warm start and write it to `folder`. Raises ConfigError if it diverged."""
     warmup, seed, began = config.warmup, config.run.seed, time.monotonic()
     rows = data.train[: warmup.rows]
-    labels = app.demonstrations(rows, seed) if warmup.labels == "demonstrations" else [app.gold(row) for row in rows]
+    labels = app.demonstrations(rows, seed) if warmup.labels == "demonstrations" else Lazy(app.gold, rows)
     if config.model.path == "tiny":
         actor = actor_of(app).build(app, config, rows, labels)
     else:
         actor = actor_of(app).load(app, config)
         refuse_infinite(actor.model, f"MODEL={config.model.path} cannot be trained")
-    scores, _ = ev.grade(judge, rows, labels)
-    headline = next(iter(app.metrics))
-    facts = {"labels": warmup.labels, "rows": len(rows), "label_accuracy": float(np.nanmean(scores[headline]))}
+    headline, step = next(iter(app.metrics)), 1 if isinstance(labels, list) else -(-len(rows) // GRADED)
+    graded = ev.grade(judge, rows[::step], labels[::step])
+    scores, worth = graded.scores[headline], ev.mean(graded.scores[headline], graded.weights[headline])
+    facts = {"labels": warmup.labels, "rows": len(rows), "label_accuracy": worth}
     curve: list[dict[str, Any]] = []
 
     def on_log(step: int, metrics: dict[str, Any]) -> None:
@@ -77,9 +91,9 @@ def build_start(app: App, config: Config, data: Split, folder: Path, judge: ev.J
         progress.update(step, metrics | ({f"eval/{headline}": point["metric"]} if "metric" in point else {}))
 
     if warmup.steps:  # else it is only built
-        right = f"of which {facts['label_accuracy']:.1%} are right"
-        if not ev.yes_or_no(scores[headline]):
-            right = f"{headline} {facts['label_accuracy']:.3f} on average"
+        right = f"{headline} {worth:.3f} on average"
+        if ev.yes_or_no(scores) and app.better(headline) == "higher":
+            right = f"of which {worth:.1%} are right"
         progress.note(f"demonstrations: {len(rows)}, {right}; none is filtered")
         progress.phase("warm start", warmup.steps)
         actor.imitate(rows, labels, folder, on_log)

@@ -20,8 +20,9 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from core import ranks
-from core.app import App, Row
-from core.config import Batch, Config, ConfigError, batch
+from core.app import App, Row, unknown
+from core.batch import Batch
+from core.config import Config, ConfigError
 from core.objective import recipes
 from core.objective.composition import NEEDS
 from core.run import evaluate as ev
@@ -30,10 +31,12 @@ from core.run.export import export_model, write_card
 from core.run.folder import RunFolder
 from core.run.progress import Progress
 from core.run.report import write_report
+from core.run.rivals import Rivals, compare, verified
 from core.run.splits import Split, check_gold
 from core.run.start import start
 from core.run.stopping import StopRequest
 from core.run.summary import evaluation_json, final_table, samples, summarise
+from core.train.constraints import constrained
 from core.train.health import Health
 from core.train.warmup import quiet
 
@@ -86,6 +89,11 @@ def _run(
         with ranks.main_first():
             data = Split(app, config, progress)
             setup.kind.refuse_few(len(data.train), setup.batch)
+            if config.rewards.constraints and not data.validation:
+                raise ConfigError(
+                    f"rewards.constraints follow a metric of the validation rows, and there are none: name a split in "
+                    f"data.validation, or raise data.validation_share={config.data.validation_share:g}"
+                )
             clock.mark("make")
             if ranks.is_main():  # ours were checked when made
                 check_gold(app, judge, data, progress, rows=None if config.data.folder else 64)
@@ -93,7 +101,7 @@ def _run(
         rows = actor.fitting(data.train, progress)
         setup.kind.refuse_few(len(rows), setup.batch)
         clock.mark("warmup")
-        before = kept_evaluation(folder, "before", actor, lambda: full_evaluation(actor, judge, data.test))
+        before = kept_evaluation(folder, "before", actor, data.test, lambda: full_evaluation(actor, judge, data.test))
         progress.note(
             f"before: {setup.headline} {before.mean(setup.headline):.3f} {actor.how} on {len(data.test)} held-out rows"
         )
@@ -104,16 +112,22 @@ def _run(
         clock.mark("eval")
         if not ranks.is_main():
             return {}
-        summary = summarise(setup, data, folder, before, after, judge, task)
+        rivals = Rivals(app, config, data, data.test, judge, progress, make=setup.processes == 1)
+        compared = compare(rivals, {"before": before.completions, "after": after.completions})
+        clock.mark("baselines")
+    summary = summarise(setup, data, folder, before, after, compared, task)
+    found = verified(app, data.test, compared.arms)
+    summary["tables"] = found["tables"]
     summary["ranks"] = setup.processes
     summary["seconds"] = {**clock.seconds, "warmup_made": warm["seconds"]}
     summary["update_size"] = warm["distance"](trained.model) if config.launch.strategy == "ddp" else None
     target = export_model(folder.path, trained, data.test[0]["prompt"], weights)
     write_card(target, trained, summary, list(setup.composite))
-    kept = trained.keep(folder, "after", after.completions)
+    kept = trained.keep(folder, "after", data.test, after.completions)
     folder.write_json("eval.json", evaluation_json(app, data.test, after, kept, setup.headline))
     extra = {
         "table": summary["table"],
+        "plots": found["plots"],
         "warmup": warm["curve"],
         "batch": setup.batch.line(),
         "command": command,
@@ -164,7 +178,12 @@ class Setup:
         except ValueError as error:
             raise ConfigError(f"objective: {error}") from error
         weights = {name: weight for name, (weight, _) in self.composite.items()}
-        self.batch: Batch = batch(config, self.processes, self.recipe.extra_rollouts)
+        for name, constraint in config.rewards.constraints.items():
+            if name not in weights:
+                raise ConfigError(unknown("component in rewards.constraints", name, weights))
+            if constraint.metric not in app.metrics:
+                raise ConfigError(unknown(f"metric in rewards.constraints.{name}:", constraint.metric, app.metrics))
+        self.batch = Batch.of(config, self.processes, self.recipe.extra_rollouts)
         self.kind.refuse(app, config, self.batch, self.recipe, weights)
         if need_machine and config.launch.sampler != "hf" and importlib.util.find_spec("vllm") is None:
             raise ConfigError(
@@ -266,6 +285,7 @@ def reinforce(
     with quiet():
         trainer = actor.trainer(rows, judge, setup.recipe, setup.batch, folder, [follow])
         trainer.remove_callback(PrinterCallback)
+        follow.reweigh = trainer.set_weights
         if config.optim.steps:
             with ranks.main_first():
                 checkpoint = folder.last_checkpoint()
@@ -292,16 +312,28 @@ class Follow(TrainerCallback):
         self.data, self.folder, self.judge, self.progress = data, folder, judge, progress
         self.stop, self.clock, self.actor = stop, clock, actor
         # A component without weight is no reward: an identity's mean says nothing, and health would take it for a reward's.
-        self.unweighted = [f"rewards/{name}/" for name, (weight, _) in setup.composite.items() if not weight]
+        constraints = self.config.rewards.constraints
+        self.unweighted = [
+            f"rewards/{name}/"
+            for name, (weight, _) in setup.composite.items()
+            if not weight and name not in constraints
+        ]
         self.health = Health(
-            metric=setup.headline, updates_per_batch=setup.batch.steps_per_batch * setup.batch.iterations
+            metric=setup.headline,
+            better=self.app.better(setup.headline),
+            updates_per_batch=setup.batch.steps_per_batch * setup.batch.iterations,
         )
+        self.reweigh: Callable[[dict[str, float]], None] | None = None  # the trainer's set_weights, once there is one
+        self.validations: list[dict[str, float]] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         lines = self.folder.read_metrics()
         for line in lines:  # resumed: what health saw before
             self.health.update(line["step"], line)
-        evaluated = any(line["step"] == state.global_step and f"eval/{self.setup.headline}" in line for line in lines)
+        key = f"eval/{self.setup.headline}"
+        self.validations = [line for line in lines if key in line]
+        self._constrain()
+        evaluated = any(line["step"] == state.global_step for line in self.validations)
         if not ranks.any_rank(evaluated):  # a run that was asked to stop leaves it to the next
             self._evaluate_on_schedule(state.global_step, model)
 
@@ -338,10 +370,22 @@ class Follow(TrainerCallback):
         result = ev.evaluate(self.actor.having(model), self.judge, self.data.validation)
         metrics: dict[str, float] = {}
         for name, values in result.scores.items():
-            mean, lo, hi = ev.interval(self.app, self.data.validation, values)
+            mean, lo, hi = ev.interval(self.app, self.data.validation, values, result.weights["scores"][name])
             metrics |= {f"eval/{name}": mean, f"eval/{name}/lo": lo, f"eval/{name}/hi": hi}
+        self.validations.append(metrics)
+        metrics |= self._constrain()
         if ranks.is_main():
             self._record(step, metrics)
+
+    def _constrain(self) -> dict[str, float]:
+        """Gives the trainer the weights that all validations so far have led to; returns what to log of them."""
+        constraints = self.config.rewards.constraints
+        if not constraints:
+            return {}
+        weights = {name: weight for name, (weight, _) in self.setup.composite.items()}
+        weights, logged = constrained(weights, constraints, self.validations)
+        self.reweigh(weights)
+        return logged
 
     def _record(self, step: int, metrics: dict[str, float]) -> None:
         self.folder.log_metrics(step, metrics)
@@ -357,19 +401,23 @@ def full_evaluation(actor: Actor, judge: ev.Judge, rows: Sequence[Row]) -> ev.Ev
     return ev.evaluate(actor, judge, rows, samples=actor.config.evaluate.samples, with_rewards=True)
 
 
-def kept_evaluation(folder: RunFolder, name: str, actor: Actor, make: Callable[[], ev.Evaluation]) -> ev.Evaluation:
+def kept_evaluation(
+    folder: RunFolder, name: str, actor: Actor, rows: Sequence[Row], make: Callable[[], ev.Evaluation]
+) -> ev.Evaluation:
     """An evaluation that is made once, by all ranks together, and then read from the run folder."""
     path = folder.path / f"{name}.json"
     if not path.exists():
         made = make()
         if ranks.is_main():
-            kept = actor.keep(folder, name, made.completions)
+            kept = actor.keep(folder, name, rows, made.completions)
             folder.write_json(path.name, asdict(replace(made, completions=kept)))
         return made
     raw = json.loads(path.read_text())
-    raw["completions"] = actor.kept(folder, raw["completions"])
+    raw["completions"] = actor.kept(folder, rows, raw["completions"])
     for part in ("scores", "sampled", "rewards"):
-        raw[part] = {
-            k: np.array([np.nan if v is None else v for v in values], dtype=float) for k, values in raw[part].items()
-        }
+        for kind in (raw, raw["weights"]):
+            kind[part] = {
+                k: np.array([np.nan if v is None else v for v in values], dtype=float)
+                for k, values in kind[part].items()
+            }
     return ev.Evaluation(**raw)

@@ -1,9 +1,13 @@
-"""trl's arguments from ours: one place where a key of the config becomes a field of trl.GRPOConfig."""
+"""A trainer's arguments from ours: one place where a key of the config becomes a field of trl.GRPOConfig.
+
+What transformers' and trl's trainers have in common is here too; core/train/trajectory_arguments.py adds the former's own.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -11,18 +15,18 @@ import torch
 from trl import GRPOConfig
 
 from core.app import unknown
-from core.config import Batch, Config, ConfigError, Launch, convert
-from core.objective.composition import NEEDS
+from core.batch import Batch
+from core.config import Config, ConfigError, Launch, convert
+from core.objective.composition import GIVES
 from core.objective.recipes import Recipe
 
-# What the language trainer gives a recipe that needs it.
-PROVIDES = frozenset(NEEDS) - {"aligned", "drift", "renoised", "whole_groups", "divergence"}
+PROVIDES = GIVES["language"]
 
 
-def arguments(config: Config, batch: Batch, recipe: Recipe, output: Path) -> GRPOConfig:
-    """trl's arguments from ours. Raises ConfigError if a field of `trainer:` is unknown or refused by TRL."""
-    rollout, optim = config.rollout, config.optim
-    ours = {
+def shared(config: Config, output: Path) -> dict[str, Any]:
+    """The fields of transformers.TrainingArguments that every trainer has from us."""
+    optim = config.optim
+    return {
         "output_dir": str(output),
         "max_steps": optim.steps,
         "learning_rate": optim.lr,
@@ -30,6 +34,48 @@ def arguments(config: Config, batch: Batch, recipe: Recipe, output: Path) -> GRP
         "warmup_steps": optim.warmup_steps,
         "max_grad_norm": optim.max_grad_norm,
         "weight_decay": optim.weight_decay,
+        "seed": config.run.seed,
+        "data_seed": config.run.seed,
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": config.run.save_every,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "log_level_replica": "error",
+        "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
+    }
+
+
+def theirs(config: Config, kind: type, name: str) -> dict[str, Any]:
+    """The config's `trainer:` section as fields of `kind`, a dataclass of arguments that is called `name`.
+
+    Raises ConfigError if it has no such field, or if a plain value is of another type.
+    """
+    kinds, found = get_type_hints(kind), {}
+    for field, value in config.trainer.items():
+        if field not in kind.__dataclass_fields__:
+            raise ConfigError(unknown(f"field of {name} in trainer:", field, kind.__dataclass_fields__))
+        plain = {kinds[field], *get_args(kinds[field])} <= {bool, int, float, type(None), kinds[field]}
+        found[field] = convert(value, kinds[field], f"trainer.{field}") if plain else value
+    return found
+
+
+@contextlib.contextmanager
+def refused_in_words(who: str) -> Iterator[None]:
+    """ConfigError in place of what a library raises on arguments that it refuses."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"{who} refuses the trainer's arguments: {error}") from error
+
+
+def arguments(config: Config, batch: Batch, recipe: Recipe, output: Path) -> GRPOConfig:
+    """trl's arguments from ours. Raises ConfigError if a field of `trainer:` is unknown or refused by TRL."""
+    rollout = config.rollout
+    ours = shared(config, output) | {
         "per_device_train_batch_size": batch.micro,
         "gradient_accumulation_steps": batch.accumulation,
         "steps_per_generation": batch.accumulation * batch.steps_per_batch,
@@ -41,40 +87,20 @@ def arguments(config: Config, batch: Batch, recipe: Recipe, output: Path) -> GRP
         "top_k": rollout.top_k,
         "beta": float(recipe.options.get("beta") or 0.0),
         "scale_rewards": "none",
-        "seed": config.run.seed,
-        "data_seed": config.run.seed,
         "bf16": config.model.dtype == "bfloat16",
-        "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_vllm": config.launch.sampler != "hf",
         "vllm_max_model_length": rollout.max_prompt_length + rollout.max_completion_length,
         "vllm_mode": "server" if config.launch.sampler == "vllm_server" else "colocate",
-        "logging_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": config.run.save_every,
-        "save_total_limit": 2,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "log_level_replica": "error",
-        "remove_unused_columns": False,
-        "ddp_find_unused_parameters": False,
         **_spread(config.launch),
     }
     if recipe.options.get("entropy_coef") and config.trainer.get("entropy_coef"):
         raise ConfigError(
             "objective.entropy_coef and trainer.entropy_coef would both add an entropy bonus; keep the first"
         )
-    kinds = get_type_hints(GRPOConfig)
-    theirs = {}
-    for name, value in config.trainer.items():
-        if name not in GRPOConfig.__dataclass_fields__:
-            raise ConfigError(unknown("field of trl.GRPOConfig in trainer:", name, GRPOConfig.__dataclass_fields__))
-        plain = {kinds[name], *get_args(kinds[name])} <= {bool, int, float, type(None), kinds[name]}
-        theirs[name] = convert(value, kinds[name], f"trainer.{name}") if plain else value
-    try:
-        return GRPOConfig(**ours | theirs)
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"trl refuses the trainer's arguments: {error}") from error
+    given = ours | theirs(config, GRPOConfig, "trl.GRPOConfig")
+    with refused_in_words("trl"):
+        return GRPOConfig(**given)
 
 
 def _spread(launch: Launch) -> dict[str, Any]:
@@ -109,11 +135,10 @@ def refuse_recipe(recipe: Recipe, weights: Mapping[str, float], outcome: str, co
 
 
 def refuse_few_prompts(count: int, batch: Batch) -> None:
-    """Raise ConfigError if `count` training prompts do not fill one generation batch: TRL would train zero steps."""
-    needed = batch.generation // batch.group
+    """Raise ConfigError if `count` training prompts do not fill one generation batch: no step could be made."""
+    needed = batch.prompts * batch.steps_per_batch
     if count < needed:
         raise ConfigError(
-            f"{count} training prompts are fewer than the {needed} of one generation batch "
-            f"(prompts_per_step={batch.prompts} x steps_per_batch={batch.steps_per_batch}); TRL would train zero steps. "
-            f"Lower rollout.prompts_per_step or give more data"
+            f"{count} training prompts are fewer than the {needed} of one generation batch (prompts_per_step={batch.prompts} x "
+            f"steps_per_batch={batch.steps_per_batch}). Lower rollout.prompts_per_step or give more data"
         )

@@ -12,16 +12,16 @@ all that may be there, the same from every noise, and leave a group nothing to c
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from core.policy.kernel import Schedule
+from core.train.descent import descend
 
 
 def imitate(
@@ -48,14 +48,10 @@ def imitate(
     if len(conditions) != len(targets) or not len(targets):
         raise ValueError(f"{len(conditions)} conditions and {len(targets)} targets; both must be equal and not 0")
     generator = torch.Generator().manual_seed(seed)
-    weights = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-    warmup, report = max(1, steps // 20), max(1, steps // 20)
-    net.train()
-    order, total = torch.empty(0, dtype=torch.long), 0.0
-    for step in range(1, steps + 1):
-        rate = min(step / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (steps - warmup + 1))))
-        optimizer.param_groups[0]["lr"] = lr * rate
+    order = torch.empty(0, dtype=torch.long)
+
+    def loss(step: int) -> Tensor:
+        nonlocal order
         while len(order) < batch_size:
             order = torch.cat([order, torch.randperm(len(targets), generator=generator)])
         rows, order = order[:batch_size].tolist(), order[batch_size:]
@@ -74,19 +70,10 @@ def imitate(
             }
         prior = net.prior(batch)
         velocity = net.velocity(prior.noised(x0, noise, sigma), sigma, batch)
-        loss = (velocity.float() - (prior.start(noise) - x0).float()).square().mean()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"warm-up: the loss is {value} at step {step} of {steps}; lower warmup.lr={lr}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        total += value
-        if step % report == 0 or step == steps:
-            if on_log:
-                on_log(step, {"loss": total / (step % report or report)})
-            total = 0.0
+        return (velocity.float() - (prior.start(noise) - x0).float()).square().mean()
+
+    net.train()
+    descend(net, loss, steps=steps, lr=lr, on_log=on_log)
     return net.eval()
 
 
@@ -110,12 +97,9 @@ def straighten(
         raise ValueError("there are no conditions to draw for; give at least one row")
     teacher = copy.deepcopy(net).requires_grad_(False).eval()
     generator = torch.Generator().manual_seed(seed)
-    weights = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     path = Schedule.uniform(ode_steps).sigmas
-    report, total = max(1, steps // 20), 0.0
-    for step in range(1, steps + 1):
-        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+
+    def loss(step: int) -> Tensor:
         rows = torch.randint(len(conditions), (batch_size,), generator=generator).tolist()
         batch = net.encode([conditions[i] for i in rows])
         shape, device = net.noise_shape(batch), next(iter(batch.values())).device
@@ -124,17 +108,7 @@ def straighten(
         with torch.no_grad():
             for sigma, after in pairwise(path):
                 x = x + (after - sigma) * teacher.velocity(x, sigma * ones, batch).float()
-        loss = (net.velocity(start, ones, batch).float() - (start - x)).square().mean()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"warm-up: the loss is {value} at step {step} of {steps}; lower warmup.lr={lr}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        total += value
-        if step % report == 0 or step == steps:
-            if on_log:
-                on_log(step, {"loss": total / (step % report or report)})
-            total = 0.0
+        return (net.velocity(start, ones, batch).float() - (start - x)).square().mean()
+
+    descend(net, loss, steps=steps, lr=lr, warm_up=False, on_log=on_log)
     return net.eval()

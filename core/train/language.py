@@ -15,7 +15,7 @@ tool mask, entropy bonus, router loss) is kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from trl.trainer.utils import RepeatSampler
 
 from core import ranks
 from core.app import Row
-from core.config import Batch, Config, ConfigError
+from core.batch import Batch
+from core.config import Config, ConfigError
 from core.objective.group import Group
 from core.objective.recipes import Recipe
 from core.objective.rows import Counts, Metrics, Rows
@@ -39,6 +40,7 @@ from core.scoring import Scorer
 from core.train.arguments import arguments, refuse_few_prompts, refuse_recipe
 from core.train.asked import Asked, Teacher, Whole, shown
 from core.train.health import Guard, finite_sampling
+from core.train.rollouts import columns, per_rollout
 
 TEACHER = "teacher.pt"  # a checkpoint's averaged weights; the same on all ranks
 EXTRA = "extra/"  # prefix of a recipe's own row tensors among TRL's
@@ -108,6 +110,11 @@ class LanguageTrainer(GRPOTrainer):
         self.reward_weights = self.weights  # TRL logs the weighted sum as `reward`
         if self.use_vllm and peft_config is not None and config.launch.strategy == "ddp":
             self.vllm_generation._iter_named_params = self._merged_weights
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """The components' weights from the next generation batch on, {component: weight}."""
+        self.weights = torch.tensor([weights[name] for name in self.scorer.names], dtype=torch.float32)
+        self.reward_weights = self.weights
 
     @staticmethod
     def _keep_reference(model: PreTrainedModel, folder: Path) -> None:
@@ -250,21 +257,9 @@ class LanguageTrainer(GRPOTrainer):
         return torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
 
     def _rollout_columns(self, advantage: torch.Tensor, keep: torch.Tensor, mask: torch.Tensor) -> dict[str, list]:
-        judged, advantage = self._judged, _per_rollout(advantage, mask)
-        rewards = judged["rewards"].cpu()
-        unscored = judged["failed"].cpu() | rewards[:, self.weights != 0].isnan().all(1)
-        columns = {
-            "prompt_id": [str(i) for i in judged["ids"]],
-            "prompt": [p if isinstance(p, str) else p[-1]["content"] for p in judged["prompts"]],
-            "completion": judged["texts"],
-            "advantage": advantage.tolist(),
-            "keep": keep.tolist(),
-            "reward": (rewards * self.weights).nansum(1).masked_fill(unscored, math.nan).tolist(),
-        }
-        for k, name in enumerate(self.scorer.names):
-            columns[f"reward/{name}"] = rewards[:, k].tolist()
-            columns[f"reason/{name}"] = [reasons.get(name, "") for reasons in judged["reasons"]]
-        return columns
+        prompts = [p if isinstance(p, str) else p[-1]["content"] for p in self._judged["prompts"]]
+        judged = self._judged | {"prompts": prompts, "completions": self._judged["texts"]}
+        return columns(judged, self.weights, self.scorer.names, per_rollout(advantage, mask), keep)
 
     # -- loss: per micro-batch, on rows ---------------------------------------------------------------------------------
 
@@ -318,7 +313,7 @@ class LanguageTrainer(GRPOTrainer):
             "completion": read(inputs["completion_ids"]),
             "tokens": mask.sum(1).tolist(),
             "not_finite_tokens": bad.tolist(),
-            "advantage": _per_rollout(inputs["advantages"].float(), mask).tolist(),
+            "advantage": per_rollout(inputs["advantages"].float(), mask).tolist(),
             "keep": inputs["keep"].tolist(),
         }
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -473,11 +468,6 @@ def _loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
     """(B, T): 1 on tokens that the policy wrote and that carry loss."""
     mask = inputs["completion_mask"]
     return mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]
-
-
-def _per_rollout(advantage: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(B,): advantages as they are, or the mean of (B, T) over the decisions that carry loss."""
-    return advantage if advantage.dim() == 1 else (advantage * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def _named(name: str) -> Callable:

@@ -1,4 +1,4 @@
-"""GRPO on trajectories (flow, later forecast): transformers.Trainer with credit and loss from core.objective.
+"""GRPO on trajectories (flow, forecast): transformers.Trainer with credit and loss from core.objective.
 
 One training step is one optimizer step, whole: where a new generation batch is due it is sampled, scored and given credit;
 then the step's groups go through `model.forward` in micro-batches of rows and chunks of decisions. The sum of a step is
@@ -11,8 +11,11 @@ gradient, and a kept rollout weighs the same in every update.
 A loss that looks at a whole rollout or group at once ("whole_rollouts", "whole_groups") is taken of all decisions without
 gradient first, and its derivative is then carried back chunk by chunk (as in arXiv 2101.06983); others need one pass.
 
+Rewards of single decisions come from arrays that a reward gave (forecasts), else from what each decision promises the output
+to be (flows); a recipe that does not ask for them gets one reward a rollout, the mean.
+
 What a rollout draws depends on seed, generation batch and prompt alone. A checkpoint holds what stock forgets: a
-generation batch that has steps left, averaged weights and the measured window.
+generation batch that has steps left, and what the policy remembers beside its weights.
 """
 
 from __future__ import annotations
@@ -22,119 +25,40 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from core import ranks
-from core.app import Row, unknown
-from core.config import Batch, Config, ConfigError, convert
-from core.objective.composition import ASKED, NEEDS
+from core.app import Row
+from core.batch import Batch
+from core.config import Config, ConfigError
 from core.objective.group import Group
 from core.objective.recipes import Recipe
 from core.objective.rows import Counts, Loss, Metrics, Rows
-from core.policy.flow import FlowPolicy, slices
-from core.policy.trajectory import Decisions, Trajectory
-from core.scoring import Scorer
+from core.policy.trajectory import Decisions, Trajectory, TrajectoryModule, slices
+from core.scoring import Scorer, Scores
+from core.train.arguments import refuse_few_prompts
 from core.train.health import Guard
+from core.train.rollouts import columns, per_rollout, total_rewards
+from core.train.trajectory_arguments import arguments, check
 
-PROVIDES = frozenset(NEEDS) - {*ASKED, "ref_logps", "entropy"}
 COUPLED = {"whole_rollouts", "whole_groups"}  # losses that look beyond one decision
-ENOUGH = 0.9  # window=active: the share of the greatest variance that a shorter window must keep
 MEMORY = "policy.pt"
-
-
-def arguments(config: Config, batch: Batch, output: Path) -> TrainingArguments:
-    """transformers' arguments from ours. Raises ConfigError if a field of `trainer:` is unknown or refused."""
-    optim = config.optim
-    ours = {
-        "output_dir": str(output),
-        "max_steps": optim.steps,
-        "learning_rate": optim.lr,
-        "lr_scheduler_type": optim.schedule,
-        "warmup_steps": optim.warmup_steps,
-        "max_grad_norm": optim.max_grad_norm,
-        "weight_decay": optim.weight_decay,
-        "per_device_train_batch_size": 1,  # of a loader that only counts the steps
-        "gradient_accumulation_steps": 1,
-        "seed": config.run.seed,
-        "data_seed": config.run.seed,
-        "use_cpu": not torch.cuda.is_available(),
-        "logging_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": config.run.save_every,
-        "save_total_limit": 2,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "log_level_replica": "error",
-        "remove_unused_columns": False,
-        "ddp_find_unused_parameters": False,
-    }
-    kinds = get_type_hints(TrainingArguments)
-    theirs = {}
-    for name, value in config.trainer.items():
-        if name not in TrainingArguments.__dataclass_fields__:
-            known = TrainingArguments.__dataclass_fields__
-            raise ConfigError(unknown("field of transformers.TrainingArguments in trainer:", name, known))
-        plain = {kinds[name], *get_args(kinds[name])} <= {bool, int, float, type(None), kinds[name]}
-        theirs[name] = convert(value, kinds[name], f"trainer.{name}") if plain else value
-    try:
-        return TrainingArguments(**ours | theirs)
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"transformers refuses the trainer's arguments: {error}") from error
-
-
-def check(config: Config, batch: Batch, recipe: Recipe, weights: Mapping[str, float], outcome: str) -> None:
-    """Raise ConfigError for what this trainer cannot do, before any work. weights: {component: weight}."""
-    try:
-        recipe.refuse(PROVIDES, weights, "the trajectory trainer")
-        recipe.rehearse(weights, outcome)
-    except ValueError as error:
-        raise ConfigError(f"objective: {error}") from error
-    if str(reduction := recipe.options.get("reduction")).endswith("_local"):
-        raise ConfigError(
-            f"objective.reduction={reduction} of recipe {recipe.name} depends on how a step is split; use token_mean or "
-            f"sequence_mean"
-        )
-    rollout, size = config.rollout, batch.group
-    if "renoised" in recipe.needs and rollout.shared_noise:
-        raise ConfigError(
-            f"recipe {recipe.name} samples without noisy steps: with rollout.shared_noise=true all rollouts of a group are one; "
-            f"set rollout.shared_noise=false"
-        )
-    if rollout.window == "active" and not rollout.shared_noise:
-        raise ConfigError(
-            "rollout.window=active measures the spread that noisy steps make, which rollouts of different starts hide; set "
-            "rollout.shared_noise=true, or window=first with a window_size"
-        )
-    if batch.prompts % batch.ranks:
-        raise ConfigError(
-            f"rollout.prompts_per_step={batch.prompts} does not divide over {batch.ranks} ranks; use a multiple of {batch.ranks}"
-        )
-    if "whole_groups" in recipe.needs and batch.micro % size:
-        raise ConfigError(
-            f"recipe {recipe.name} needs {NEEDS['whole_groups']}: optim.micro_batch={batch.micro} must be a multiple of "
-            f"rollout.group_size={size}"
-        )
-    if config.launch.strategy != "ddp" or config.launch.sampler != "hf":
-        raise ConfigError(
-            f"launch: {{strategy: {config.launch.strategy}, sampler: {config.launch.sampler}}} is for language models; the "
-            f"trajectory trainer has strategy=ddp and samples itself"
-        )
-    arguments(config, batch, Path())
 
 
 class _Average(TrainerCallback):
     """Right after the optimizer's step, before evaluations and checkpoints: the averaged weights follow."""
 
-    def __init__(self, policy: FlowPolicy, decay: float):
+    def __init__(self, policy: TrajectoryModule, decay: float):
         self.policy, self.decay = policy, decay
 
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -161,7 +85,7 @@ class TrajectoryTrainer(Trainer):
     def __init__(
         self,
         *,
-        policy: FlowPolicy,
+        policy: TrajectoryModule,
         condition: Callable[[Row], Mapping[str, Any]],
         rows: Sequence[Row],
         scorer: Scorer,
@@ -175,13 +99,9 @@ class TrajectoryTrainer(Trainer):
         on_not_finite: Callable[[int, list[dict[str, Any]]], Any] | None = None,
         callbacks: Sequence[Any] = (),
     ):
-        check(config, batch, recipe, dict(zip(scorer.names, weights, strict=True)), outcome)
+        check(config, batch, recipe, dict(zip(scorer.names, weights, strict=True)), outcome, type(policy))
+        refuse_few_prompts(len(rows), batch)
         self.prompts = batch.prompts * batch.steps_per_batch  # of a generation batch, over all ranks
-        if len(rows) < self.prompts:
-            raise ConfigError(
-                f"{len(rows)} training prompts are fewer than the {self.prompts} of one generation batch; lower "
-                f"rollout.prompts_per_step or give more data"
-            )
         self.condition, self.rows, self.scorer, self.recipe = condition, rows, scorer, recipe
         self.config, self.batch, self.outcome, self.on_rollouts = config, batch, outcome, on_rollouts
         self.weights = torch.tensor(list(weights), dtype=torch.float32)
@@ -194,7 +114,7 @@ class TrajectoryTrainer(Trainer):
         self.logged: dict[str, list[float]] = defaultdict(list)
         super().__init__(
             model=policy,
-            args=arguments(config, batch, output),
+            args=arguments(config, output),
             train_dataset=[{"step": step} for step in range(config.optim.steps)],
             callbacks=[*([_Average(policy, config.optim.ema)] if config.optim.ema else []), *callbacks],
         )
@@ -204,16 +124,15 @@ class TrajectoryTrainer(Trainer):
             )
         self.policy = policy
 
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """The components' weights from the next generation batch on, {component: weight}."""
+        self.weights = torch.tensor([weights[name] for name in self.scorer.names], dtype=torch.float32)
+
     def get_train_dataloader(self) -> DataLoader:
         """Counts the steps; `_prompts` decides which rows they see."""
         return DataLoader(self.train_dataset, batch_size=1, collate_fn=lambda steps: steps[0])
 
     # -- credit: once per generation batch, on whole groups of all ranks ------------------------------------------------
-
-    @property
-    def _updates(self) -> int:
-        """Optimizer steps on one generation batch."""
-        return self.batch.steps_per_batch * self.batch.iterations
 
     def _prompts(self, generation: int) -> list[tuple[int, int]]:
         """(row, seed) of this rank's prompts: for each update its share, in the order of the epoch's permutation."""
@@ -233,22 +152,18 @@ class TrajectoryTrainer(Trainer):
     def _generate(self, generation: int) -> None:
         """Samples, scores and credits a generation batch."""
         chosen = self._prompts(generation)
-        rows = [self.rows[i] for i, _ in chosen]
-        if self.policy.settings.window == "active" and self.policy.active is None:
-            self._measure_window(rows, [seed for _, seed in chosen])
-        self.trajectory = self.policy.rollout(
-            [self.condition(row) for row in rows],
-            self.batch.group,
-            [seed for _, seed in chosen],
-            batch=generation,
-            batch_size=self._at_once,
-            asks=self.asks,
-        )
+        rows, seeds = [self.rows[i] for i, _ in chosen], [seed for _, seed in chosen]
+        acting = [self.condition(row) for row in rows], self.batch.group, seeds
+        if self.policy.unmeasured:
+            measured = self.policy.measure(*acting, batch_size=self._at_once, judge=partial(self._totals, rows))
+            for name, value in measured.items():
+                self._log(name, value)
+        self.trajectory = self.policy.rollout(*acting, batch=generation, batch_size=self._at_once, asks=self.asks)
         if (self.policy.half or COUPLED & self.asks) and "renoised" not in self.asks:
             self._weigh_again()
-        rewards, failed, reasons = self._score(self.trajectory, rows)
-        self._give_credit(rewards, failed, rows, generation)
-        self._report_rollouts(rewards, failed, reasons, rows)
+        rewards, judged = self._judge(rows)
+        self._give_credit(rewards, judged["failed"], rows, generation)
+        self._report_rollouts(judged, rows)
         self.trajectory.outputs, self.trajectory.estimates = [], None
 
     def _weigh_again(self) -> None:
@@ -260,7 +175,7 @@ class TrajectoryTrainer(Trainer):
         sampled, state = self.trajectory.logps, self.trajectory.state
         with torch.no_grad():
             again = [
-                _joined([self.policy(self.trajectory.rows(rows), steps) for steps in self._chunks()])[0]
+                Decisions.joined([self.policy(self.trajectory.rows(rows), steps) for steps in self._chunks()])[0]
                 for rows in slices(len(sampled), self.batch.micro)
             ]
         self.trajectory.logps = torch.cat([part.logps.detach() for part in again])
@@ -268,57 +183,89 @@ class TrajectoryTrainer(Trainer):
             state[name] = torch.cat([part.extras[name].detach() for part in again])
         self._log("sampler_deviation", float((self.trajectory.logps - sampled).abs().mean()))
 
-    def _score(self, trajectory: Trajectory, rows: Sequence[Row]) -> tuple[Tensor, Tensor, list[dict[str, str]]]:
-        """This rank's rewards (B, K), or (B, K, T) from the estimates of each decision; failed (B,); reasons of the outputs."""
-        many = [row for row in rows for _ in range(self.batch.group)]
-        dense = "aligned" in self.recipe.needs
-        if dense and trajectory.estimates is None:
-            raise ValueError(f"recipe {self.recipe.name} needs {NEEDS['aligned']}, and the policy gave no estimates")
-        values, failed, metrics = [], torch.zeros(len(many), dtype=torch.bool), Counter()
+    def _score(self, versions: Sequence[Sequence[np.ndarray]], rows: Sequence[Row]) -> list[Scores]:
+        """What the scorer says of each version of this rank's outputs; what went wrong is counted over all of them."""
+        many, metrics = [row for row in rows for _ in range(self.batch.group)], Counter()
         with ranks.together():
-            for outputs in trajectory.estimates if dense else [trajectory.outputs]:
-                scores = self.scorer.score(outputs, many, self.batch.group)
-                values.append(torch.tensor(scores.values, dtype=torch.float32))
-                failed |= torch.tensor(scores.failed)
-                metrics.update(scores.metrics)  # adds up
+            scored = [self.scorer.score(outputs, many, self.batch.group) for outputs in versions]
+        for scores in scored:
+            metrics.update(scores.metrics)  # adds up
         for name, value in metrics.items():
             self._log(name, float(value))
-        rewards = torch.stack(values, dim=2) if dense else values[0]
-        return rewards.to(self.args.device), failed.to(self.args.device), scores.reasons
+        return scored
+
+    def _judge(self, rows: Sequence[Row]) -> tuple[Tensor, dict[str, Any]]:
+        """The rewards of this rank's rollouts, (B, K) or, if the recipe asks for that, of their decisions, (B, K, T).
+
+        And what is noted: "rewards" (B, K) of the outputs, "failed" (B,), their "reasons".
+        """
+        made, dense = self.trajectory, "aligned" in self.recipe.needs
+        scored = self._score(made.estimates if dense and made.estimates is not None else [made.outputs], rows)
+        values = torch.tensor(np.stack([scores.values for scores in scored], axis=2), dtype=torch.float32)
+        output, decisions, count = (
+            values[:, :, -1],
+            scored[-1].decisions,
+            made.logps.shape[1],
+        )  # the last estimate is the output
+        rewards = output
+        if dense and made.estimates is not None:
+            rewards = values
+        elif dense:
+            rewards = output[:, :, None].repeat(1, 1, count) if decisions is None else torch.from_numpy(decisions)
+            if rewards.shape[2] != count:
+                raise ValueError(
+                    f"rewards gave arrays of {rewards.shape[2]} values and a rollout has {count} decisions; give one value for "
+                    f"each, in C order of the completion"
+                )
+        failed = torch.tensor(np.any([scores.failed for scores in scored], axis=0))
+        at, reasons = self.args.device, scored[-1].reasons
+        return rewards.to(at), {"rewards": output.to(at), "failed": failed.to(at), "reasons": reasons}
+
+    def _totals(self, rows: Sequence[Row], outputs: Sequence[np.ndarray]) -> Tensor:
+        """(P, G): total rewards of the groups of all ranks that could be judged throughout."""
+        scores = self._score([outputs], rows)[0]
+        values = gather(torch.tensor(scores.values, dtype=torch.float32, device=self.args.device))
+        failed = gather(torch.tensor(scores.failed, device=self.args.device)).view(-1, self.batch.group)
+        total = (values * self.weights.to(values)).nansum(1).view(failed.shape)
+        return total[~failed.any(1)]
 
     def _give_credit(self, rewards: Tensor, failed: Tensor, rows: Sequence[Row], generation: int) -> None:
         trajectory, size = self.trajectory, self.batch.group
-        rewards, failed = gather(rewards), gather(failed)
+        rewards, failed, mask = gather(rewards), gather(failed), gather(trajectory.mask)
         if self.config.run.control == "random_rewards":
             rewards = torch.rand(rewards.shape, generator=self._chance(generation)).to(rewards)
         tasks = ranks.gather([str(row.get("task")) for row in rows])
         group = Group(
             rewards=rewards.view(-1, size, *rewards.shape[1:]),
             weights=self.weights.to(rewards.device),
-            mask=gather(trajectory.mask),
+            mask=mask,
             old_logps=gather(trajectory.logps),
             aligned=True,
             failed=failed.view(-1, size),
             names=tuple(self.scorer.names),
             outcome=self.scorer.names.index(self.outcome),
             task=torch.tensor([sorted(set(tasks)).index(task) for task in tasks], device=rewards.device),
+            segments=None if trajectory.segments is None else gather(trajectory.segments),
             seed=self.args.seed * 1_000_003 + generation,
         )
         credit = self.recipe.credit(group)
         advantage, keep = credit.advantage, credit.keep
-        if self.config.run.control == "shuffled_advantages":
+        if (
+            self.config.run.control == "shuffled_advantages"
+        ):  # whole rows: what a rollout's decisions share stays together
             kept = keep.nonzero().squeeze(1)
             order = torch.randperm(len(kept), generator=self._chance(generation)).to(kept.device)
             advantage = advantage.index_copy(0, kept, advantage[kept[order]])
         local = len(trajectory.logps)
         mine = slice(ranks.index() * local, (ranks.index() + 1) * local)
-        self.whole = {"advantage": advantage, "keep": keep}
+        self.whole = {"advantage": per_rollout(advantage, mask), "keep": keep}
         self.credit = {
             "advantage": advantage[mine],
             "keep": keep[mine],
             "group_id": (torch.arange(len(keep), device=keep.device) // size)[mine],
             **{f"extra/{name}": value[mine] for name, value in credit.extras.items()},
-            "kept": keep.sum(),  # of the whole generation batch
+            "kept": keep.sum(),  # of the whole generation batch, as are the decisions
+            "decisions": (mask.bool() & keep.bool().unsqueeze(1)).sum(),
         }
         for name, value in credit.metrics.items():
             self._log(name, float(value))
@@ -327,17 +274,12 @@ class TrajectoryTrainer(Trainer):
         """The controls' randomness: a function of seed and generation batch alone."""
         return torch.Generator().manual_seed(self.args.seed * 1_000_003 + generation)
 
-    def _report_rollouts(
-        self, rewards: Tensor, failed: Tensor, reasons: list[dict[str, str]], rows: Sequence[Row]
-    ) -> None:
-        rewards = rewards if rewards.dim() == 2 else rewards[:, :, -1]  # the last decision's is that of the output
-        rewards, failed = gather(rewards).cpu(), gather(failed).cpu()
+    def _report_rollouts(self, judged: dict[str, Any], rows: Sequence[Row]) -> None:
+        rewards, failed = gather(judged["rewards"]).cpu(), gather(judged["failed"]).cpu()
         many = [row for row in rows for _ in range(self.batch.group)]
         ids, prompts = (ranks.gather([str(row[name]) for row in many]) for name in ("id", "prompt"))
-        reasons = ranks.gather(reasons)
-        counted = self.weights != 0
-        unscored = failed | rewards[:, counted].isnan().all(1)
-        total = (rewards * self.weights).nansum(1).masked_fill(unscored, math.nan)
+        judged = {"ids": ids, "prompts": prompts, "reasons": ranks.gather(judged["reasons"]), "rewards": rewards}
+        total = total_rewards(rewards, failed, self.weights)
         groups = total.view(-1, self.batch.group)
         spread = (groups - groups.nanmean(1, keepdim=True)).square().nanmean(1).sqrt().nanmean()
         self._log("reward", float(total.nanmean()))
@@ -347,51 +289,18 @@ class TrajectoryTrainer(Trainer):
             if len(known):
                 self._log(f"rewards/{name}/mean", float(known.mean()))
                 self._log(f"rewards/{name}/std", float(known.std(correction=0)))
-        if not (self.on_rollouts and ranks.is_main()):
-            return
-        advantage = self.whole["advantage"].float()
-        shown = self.trajectory.outputs[: self.batch.group]
-        columns = {
-            "prompt_id": ids,
-            "prompt": prompts,
-            "completion": [None] * len(ids),
-            "output": shown + [None] * (len(ids) - len(shown)),
-            "advantage": (advantage if advantage.dim() == 1 else advantage.mean(1)).tolist(),
-            "keep": self.whole["keep"].tolist(),
-            "reward": total.tolist(),
-        }
-        for k, name in enumerate(self.scorer.names):
-            columns[f"reward/{name}"] = rewards[:, k].tolist()
-            columns[f"reason/{name}"] = [said.get(name, "") for said in reasons]
-        self.on_rollouts(self.state.global_step + 1, columns)
-
-    def _measure_window(self, rows: Sequence[Row], seeds: Sequence[int]) -> None:
-        """window=active: how many steps are worth being noisy, by the spread of rewards that they make within groups.
-
-        The policy of now is sampled with the first k steps noisy, for every k; the smallest k that keeps ENOUGH of the
-        greatest variance is taken (arXiv 2601.02356 keeps the steps of highest variance; the share is ours), and all steps if
-        no rewards differ.
-        """
-        conditions, variance = [self.condition(row) for row in rows], []
-        for k in range(1, len(self.policy.schedule)):
-            made = self.policy.rollout(conditions, self.batch.group, seeds, batch_size=self._at_once, window=range(k))
-            values, failed, _ = self._score(replace(made, estimates=[made.outputs]), rows)
-            values = values if values.dim() == 2 else values[:, :, -1]
-            total = (gather(values) * self.weights.to(values)).nansum(1).view(-1, self.batch.group)
-            total = total[~gather(failed).view(total.shape).any(1)]
-            variance.append(float(total.var(dim=1, correction=1).mean()) if len(total) else 0.0)
-        enough = (k for k, v in enumerate(variance, 1) if v and v >= ENOUGH * max(variance))
-        self.policy.active = next(enough, len(variance))
-        self._log("active/steps", float(self.policy.active))
-        for k, value in enumerate(variance, 1):
-            self._log(f"active/variance_{k}", value)
+        if self.on_rollouts and ranks.is_main():
+            shown, rest = self.trajectory.outputs[: self.batch.group], [None] * len(ids)
+            judged |= {"failed": failed, "completions": rest}
+            noted = columns(judged, self.weights, self.scorer.names, **self.whole)
+            self.on_rollouts(self.state.global_step + 1, noted | {"output": shown + rest[len(shown) :]})
 
     # -- loss: per micro-batch and chunk of decisions --------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """All of one optimizer step but the step itself. Returns the loss of this rank's share, detached."""
         began = time.monotonic()
-        generation, turn = divmod(self.state.global_step, self._updates)
+        generation, turn = divmod(self.state.global_step, self.batch.updates)
         if turn == 0:
             self._generate(generation)
             self._log("rollout_s", time.monotonic() - began)
@@ -406,24 +315,25 @@ class TrajectoryTrainer(Trainer):
             total += self._backward(model, rows, update, sums, last=at + 1 == len(work))
         for name, value in self._reduced(sums).items():
             self._log(name, value)
-        if turn + 1 == self._updates:
+        if turn + 1 == self.batch.updates:
             self.trajectory = None
         self._log("step_s", time.monotonic() - began)
         return total
 
     def _update(self, part: int) -> _Update:
         share = len(self.trajectory.logps) // self.batch.steps_per_batch
-        kept = float(self.credit["kept"]) / self.batch.steps_per_batch
-        decisions = kept * self.trajectory.logps.shape[1]
+        kept, decisions = (float(self.credit[name]) / self.batch.steps_per_batch for name in ("kept", "decisions"))
         return _Update(slice(part * share, (part + 1) * share), kept, decisions)
 
     @property
     def _at_once(self) -> int:
         """Rollouts sampled together: as many rows for the net as `forward` makes of a micro-batch, at most, with gradient."""
-        return self.batch.micro * (self.config.optim.micro_steps or max(1, self.config.rollout.steps - 1))
+        return self.batch.micro * (self.config.optim.micro_steps or self.policy.units)
 
     def _chunks(self) -> list[slice]:
-        return slices(self.trajectory.logps.shape[1], self.config.optim.micro_steps)
+        """The decisions of one forward pass each: whole units."""
+        steps = self.config.optim.micro_steps
+        return slices(self.trajectory.logps.shape[1], steps and steps * self.trajectory.unit)
 
     def _backward(self, model: nn.Module, rows: slice, update: _Update, sums: Metrics, last: bool) -> Tensor:
         """Adds the gradient of some rows; returns their loss. Ranks exchange gradients in the very last pass alone."""
@@ -445,14 +355,14 @@ class TrajectoryTrainer(Trainer):
             return total
         with torch.no_grad():
             seen = [model(part, steps) for steps in chunks]
-        whole, leaves = _joined(seen)
+        whole, leaves = Decisions.joined(seen)
         loss = self._loss(whole, rows, slice(None), update)
         value = self._value(loss)
         slopes = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
         slopes = {name: slope for name, slope in zip(leaves, slopes, strict=True) if slope is not None}
         for steps in chunks:
             with passes(steps):
-                again = _fields(model(part, steps))
+                again = model(part, steps).tensors()
                 self.accelerator.backward(sum((again[name] * slope[:, steps]).sum() for name, slope in slopes.items()))
         self._note(loss, value, rows)
         _add(sums, loss.metrics)
@@ -490,10 +400,9 @@ class TrajectoryTrainer(Trainer):
         """Tells the guard of rows whose loss is not finite."""
         if value.isfinite():
             return
-        advantage = self.credit["advantage"][rows].float()
-        advantage = advantage if advantage.dim() == 1 else advantage.mean(1)
-        keep = self.credit["keep"][rows]
-        self.guard.note([{"advantage": a, "keep": k} for a, k in zip(advantage.tolist(), keep.tolist(), strict=True)])
+        advantage = per_rollout(self.credit["advantage"][rows], self.trajectory.mask[rows]).tolist()
+        keep = self.credit["keep"][rows].tolist()
+        self.guard.note([{"advantage": a, "keep": k} for a, k in zip(advantage, keep, strict=True)])
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Right before the optimizer's step, with the norm over all ranks; without gradients that step does nothing."""
@@ -539,7 +448,7 @@ class TrajectoryTrainer(Trainer):
         super()._save_rng_state(output_dir)
         state = {"ranks": ranks.count(), "trajectory": None, "credit": None}
         if self.trajectory is not None:
-            kept = {name: getattr(self.trajectory, name) for name in ("logps", "mask", "state")}
+            kept = {name: getattr(self.trajectory, name) for name in ("logps", "mask", "state", "unit", "segments")}
             state |= {"trajectory": kept, "credit": self.credit}
         torch.save(state, self._generation_file(output_dir))
         if ranks.is_main():
@@ -579,17 +488,3 @@ def _add(sums: Metrics, more: Metrics) -> None:
     for name, (total, count) in more.items():
         before = sums.get(name, (0.0, 0.0))
         sums[name] = (before[0] + total, before[1] + count)
-
-
-def _fields(decisions: Decisions) -> dict[str, Tensor]:
-    """The tensors of decisions that may carry gradient, by name; (B, t, ...) each."""
-    named = {field.name: getattr(decisions, field.name) for field in fields(decisions) if field.name != "extras"}
-    return {name: value for name, value in {**named, **decisions.extras}.items() if value is not None}
-
-
-def _joined(parts: Sequence[Decisions]) -> tuple[Decisions, dict[str, Tensor]]:
-    """The decisions of all chunks as one, and its tensors as leaves of a graph."""
-    named = [_fields(part) for part in parts]
-    leaves = {name: torch.cat([part[name] for part in named], dim=1).requires_grad_() for name in named[0]}
-    extras = {name: leaves[name] for name in parts[0].extras}
-    return Decisions(leaves["logps"], leaves.get("entropy"), leaves.get("weight"), extras), leaves

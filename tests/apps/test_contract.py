@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from core import app as apps
 from core import config as configs
 from core.app import Flow, Language
+from core.batch import Batch
 from core.policy.flow import FlowPolicy, load_net
 from core.run import media
 from core.run.evaluate import Judge
@@ -100,7 +101,7 @@ def test_an_app_is_complete(place):
     assert app.metrics
     assert not {reward for _, reward in app.rewards.values()} & set(list(app.metrics.values())[:1])
     for name, config in (("tiny", place.config), ("gpu", configs.load(app, place.file("gpu")))):
-        assert configs.batch(config).rollouts > 0, name
+        assert Batch.of(config).rollouts > 0, name
 
 
 def test_gold_and_canaries_score_as_declared(place):

@@ -10,9 +10,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import bench_flow_loop as bench
+import public_flow_loop
 import torch
 import written
-from bench_flow_loop import QUICK, SETTINGS, SMALL, PublicLoop, Setting
+from bench_flow_loop import QUICK, SETTINGS, SMALL
+from public_flow_loop import NOISE_LEVEL, PublicLoop, Setting
 from side_by_side import Disagreement
 
 from core.policy.kernel import Kernel, log_prob
@@ -49,7 +51,7 @@ def test_both_sides_learn_the_same_from_the_same_rollouts(setting, tmp_path):
 
 
 def test_another_limit_of_the_advantages_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "LIMIT", 0.5)
+    monkeypatch.setattr(public_flow_loop, "LIMIT", 0.5)
     with pytest.raises(Disagreement, match="no guidance, no KL"):
         bench.difference(SMALL, SETTINGS[1], tmp_path)
 
@@ -82,7 +84,7 @@ def test_the_public_step_is_the_flow_kernel():
         torch.manual_seed(0)
         after, logp, mean, _ = public._step(v, timestep[None], x)
         at = public.scheduler.index_for_timestep(timestep)
-        kernel_mean, std = Kernel("flow", bench.NOISE_LEVEL).step(x, v, *public.sigmas[at : at + 2].tolist())
+        kernel_mean, std = Kernel("flow", NOISE_LEVEL).step(x, v, *public.sigmas[at : at + 2].tolist())
         torch.testing.assert_close(mean, kernel_mean)
         torch.testing.assert_close(logp, log_prob(after, kernel_mean, std))
         torch.manual_seed(0)

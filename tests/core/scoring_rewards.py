@@ -208,6 +208,47 @@ def above_mean(completions, *, pids):
 above_mean.scope = "batch"
 
 
+def cells(completions):
+    """A value a decision: completion "1 - 0.5" says them, "-" where none applies; "none" and "fail" have no array."""
+    return [dense(completion) for completion in completions]
+
+
+cells.scope = "batch"
+
+
+def dense(completion):
+    import numpy as np
+
+    if completion in ("none", "fail"):
+        return None if completion == "none" else float("nan")
+    values = np.array([float("nan" if value == "-" else value) for value in completion.split()])
+    return SimpleNamespace(value=values.reshape(-1, 1), reason="cells", weight=float(len(values)))
+
+
+async def async_dense(completion):
+    return dense(completion)
+
+
+def words(completions):
+    return [float(len(completion.split())) for completion in completions]
+
+
+words.scope = "batch"
+
+
+def all_kinds(completions):
+    """Could not judge the first."""
+    return [0.5 if i else float("nan") for i in range(len(completions))]
+
+
+all_kinds.scope = "batch"
+
+
+def weighted(completion):
+    """A value that is the mean of as many cases as the completion says."""
+    return SimpleNamespace(value=0.5, weight=None if completion == "none" else float(completion))
+
+
 def exits(completions):
     sys.exit("bye")
 

@@ -163,6 +163,71 @@ def test_a_batched_reward_runs_once_in_this_process(workers):
         score(workers, rewards.all_need_a_package, ["a"])
 
 
+# -- values over decisions, and what a value is the mean of
+
+
+def test_a_batched_reward_may_give_a_value_for_each_decision():
+    scorer = Scorer({"cells": rewards.cells, "words": rewards.words})
+    scores = scorer.score(["1 - 0.5 0", "- - - -", "none", "fail", "0 0 0 1"], [{}] * 5)
+    nan = math.nan
+    np.testing.assert_array_equal(scores.values, [[0.5, 4], [nan, 4], [nan, 1], [nan, nan], [0.25, 4]])
+    assert scores.failed.tolist() == [False, False, False, True, False]
+    assert scores.decisions.dtype == np.float32
+    np.testing.assert_array_equal(
+        scores.decisions[:, 0], [[1, nan, 0.5, 0], [nan] * 4, [nan] * 4, [nan] * 4, [0, 0, 0, 1]]
+    )
+    np.testing.assert_array_equal(scores.decisions[:, 1], [[4] * 4, [4] * 4, [1] * 4, [nan] * 4, [4] * 4])
+    assert scores.weights.tolist() == [[4, 1], [0, 1], [0, 1], [0, 0], [4, 1]]
+    assert scores.reasons[0] == {"cells": "cells"}
+
+
+def test_a_row_that_another_reward_could_not_judge_has_no_decisions():
+    scorer = Scorer({"cells": rewards.cells, "again": rewards.cells, "kind": rewards.all_kinds})
+    scores = scorer.score(["1 0", "0 0"], [{}] * 2)
+    assert scores.failed.tolist() == [True, False]
+    assert np.isnan(scores.decisions[0]).all()
+    assert scores.decisions[1].tolist() == [[0, 0], [0, 0], [0.5, 0.5]]
+
+
+def test_without_arrays_there_are_no_decisions(workers):
+    assert score(workers, rewards.length, ["a"]).decisions is None
+    assert score(workers, rewards.cells, ["none", "fail", "- -"]).decisions is None
+
+
+def test_arrays_of_several_lengths_are_refused_by_name():
+    scorer = Scorer({"cells": rewards.cells, "other": rewards.cells, "words": rewards.words})
+    with pytest.raises(
+        ValueError, match="several lengths in one batch: 'cells' of 2, 'cells' of 3, 'other' of 2, 'other' of 3"
+    ):
+        scorer.score(["1 0", "1 0 0"], [{}] * 2)
+
+
+@pytest.mark.parametrize(
+    ("reward", "completion", "words"),
+    [
+        (rewards.dense, "1 0", "for @batched rewards"),
+        (rewards.async_dense, "1 0", "for @batched rewards"),
+        (rewards.cells, "1 inf", "an array of numbers, finite or NaN"),
+        (rewards.cells, "1 1e300", "an array of numbers, finite or NaN"),
+    ],
+)
+def test_an_array_from_elsewhere_or_of_no_numbers_could_not_judge(workers, reward, completion, words):
+    scores = score(workers, reward, [completion, "none"])
+    assert scores.failed.tolist() == [True, False]
+    assert scores.reasons[0]["x"] == "bad_reward_value"
+    assert words in scores.details[0]["x"]
+
+
+def test_how_many_cases_a_value_is_the_mean_of_comes_along(workers):
+    scorer = Scorer({"x": rewards.weighted}, pool=workers)
+    for _ in range(2):  # the second time from the cache
+        scores = scorer.score(["3", "0", "none", "inf", "-1"], [{}] * 5)
+        assert scores.weights[:, 0].tolist() == [3, 0, 0, 0, 0]
+        assert scores.failed.tolist() == [False, False, True, True, True]
+        assert scores.reasons[3] == {"x": "bad_reward_value"}
+        assert "a weight: a finite number, 0 or more" in scores.details[4]["x"]
+
+
 # -- what is refused, and when a run stops
 
 

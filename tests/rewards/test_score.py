@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from rewards.sandbox.sqlite import QueryError
@@ -11,6 +12,11 @@ from rewards.sql import executes, execution, execution_match
 def test_only_a_failed_check_is_failed():
     assert Score(FAILED).failed
     assert not any(score.failed for score in (Score(0.0), Score(1.0, "match"), Score(None)))
+
+
+def test_an_array_over_decisions_has_not_failed_and_counts_as_one_case_unless_it_says_so():
+    score = Score(np.array([1.0, np.nan]), weight=3.0)
+    assert (score.failed, score.weight, Score(np.float32("nan")).failed, Score(0.0).weight) == (False, 3.0, True, 1.0)
 
 
 def test_marks_and_broken_row_are_readable_without_importing_this_module():

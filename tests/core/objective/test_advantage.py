@@ -16,12 +16,24 @@ from core.objective.advantage import (
     median_advantages,
     no_spread,
     quantile_advantages,
+    ranked_advantages,
     virtual_maximum,
 )
 from core.objective.aggregation import weighted_sum
 from core.objective.composition import ASKED
 from core.objective.group import Group
-from core.objective.recipes import RECIPES, gdpo, grpo, mc_grpo, ngrpo, red_drop, rloo, unlikeliness, value_anchored
+from core.objective.recipes import (
+    RECIPES,
+    forecast_grpo,
+    gdpo,
+    grpo,
+    mc_grpo,
+    ngrpo,
+    red_drop,
+    rloo,
+    unlikeliness,
+    value_anchored,
+)
 
 NAN = math.nan
 DTYPES = [torch.float32, torch.float64]
@@ -64,6 +76,8 @@ FUNCTIONS = {
     "log_mean_exp": partial(group_advantages, baseline="log_mean_exp"),
     "batch_scale": partial(group_advantages, scale="batch"),
     "batch": partial(group_advantages, baseline="batch", scale="batch"),
+    "pooled": partial(group_advantages, scale="pooled"),
+    "ranked": ranked_advantages,
     "virtual": partial(virtual_maximum, highest=1.0),
     "median": lambda reward, group: median_advantages(reward, group)[0],
     "quantile": quantile_advantages,
@@ -71,7 +85,7 @@ FUNCTIONS = {
     # a trajectory of one decision, without the push
     "values": lambda reward, group: anchored_values(reward.unsqueeze(2), group, anchor=0.0).squeeze(2),
 }
-BATCH = ("batch_scale", "batch")  # one group changes another
+BATCH = ("batch_scale", "batch", "pooled", "ranked")  # one group changes another
 every = pytest.mark.parametrize("name", FUNCTIONS)
 in_float = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 MOSTLY_GOOD = doubles([[0.9, 0.8, 0.75, 0.1, 0.2], [0.6, 0.3, 0.5, 0.1, 0.7]])  # no negative is dropped at random
@@ -140,7 +154,7 @@ def test_groups_are_independent_unless_statistics_are_the_batch_s(name):
     assert same == (name not in BATCH)
 
 
-@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in ("median", "values")])
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in ("median", "values", "pooled")])
 def test_decisions_are_credited_one_by_one(name):
     reward = torch.stack([MOSTLY_GOOD, MOSTLY_GOOD**2], dim=2)
     reward[0, 1, 1] = NAN  # one unobserved cell: out of that decision's statistics alone
@@ -166,6 +180,8 @@ def test_huge_rewards_stay_finite_and_in_order(name, dtype):
         (group_advantages, {"eps": 0.0}, {}),
         (group_advantages, {"eps": 0.0, "baseline": "batch", "scale": "batch"}, {}),
         (group_advantages, {"eps": 0.0, "baseline": "log_mean_exp"}, {"tau": 1e6}),
+        (group_advantages, {"eps": 0.0, "scale": "pooled"}, {}),
+        (ranked_advantages, {"eps": 0.0}, {}),
         (virtual_maximum, {"eps": 0.0}, {"highest": 1e6}),
         (lambda *given: median_advantages(*given, eps=0.0)[0], {}, {}),
         (quantile_advantages, {}, {}),
@@ -209,6 +225,59 @@ def test_batch_statistics_span_the_groups():
     close(group_advantages(reward, baseline="batch", scale="batch", eps=0.0), doubles([[-3, -1], [1, 3]]) / std)
 
 
+def test_pooled_scale_is_one_root_mean_square_of_what_the_baseline_leaves():
+    reward = doubles([[0.0, 2.0], [4.0, 10.0], [7.0, NAN]])  # left: 1, 1, 3, 3, and 0 of the lone one
+    scale = (20 / 5) ** 0.5
+    close(group_advantages(reward, scale="pooled", eps=0.0), doubles([[-1, 1], [-3, 3], [0, 0]]) / scale)
+    close(group_advantages(reward, scale="pooled", eps=0.5), doubles([[-1, 1], [-3, 3], [0, 0]]) / 2.5)
+    plain = doubles([[1.0, 2.0], [3.0, NAN]])
+    close(group_advantages(plain, baseline="none", scale="pooled", eps=0.0)[0], doubles([1.0, 2.0]) / (14 / 3) ** 0.5)
+
+
+def test_pooled_scale_by_the_slow_loop_over_observed_decisions():
+    reward = random_rewards(3, 4, 6)
+    reward[0, 1, 2] = reward[2, :, 3] = reward[1, 0] = NAN
+    mask = torch.ones(12, 6).long()
+    mask[:, 4] = 0  # not observed
+    reward[..., 4] *= 1e3  # and whatever stands there
+    got = group_advantages(reward, bare(reward, mask=mask), scale="pooled", eps=1e-3)
+    centred = {}
+    for p, t in product(range(3), range(6)):
+        known = [reward[p, g, t].item() for g in range(4) if not reward[p, g, t].isnan()]
+        centred |= {(p, g, t): reward[p, g, t].item() - mean(known) for g in range(4) if not reward[p, g, t].isnan()}
+    scale = mean(value**2 for (_, _, t), value in centred.items() if t != 4) ** 0.5 + 1e-3
+    for p, g, t in product(range(3), range(4), range(6)):
+        assert got[p, g, t].item() == pytest.approx(centred.get((p, g, t), 0.0) / scale, rel=1e-12, abs=1e-15)
+
+
+def costs(scale):
+    """The contrasts that a hit makes with a miss and a correct quiet with a false alarm, cell by cell; costs 0.8 and 0.2."""
+    missed, alarmed = [0.2, 1.0, 0.2, 1.0], [1.0, 1.0, 1.0, 0.8]
+    rewards = doubles([missed, alarmed]).T.view(1, 4, 1, 2)
+    rewards = torch.cat([rewards, rewards.flip(1)])
+    given = Group(rewards=rewards, weights=torch.ones(1), mask=torch.ones(8, 2), aligned=True)
+    advantage = forecast_grpo(scale=scale, eps=0.0).credit(given).advantage.view(2, 4, 2)
+    return (advantage.amax(1) - advantage.amin(1))[0].tolist()
+
+
+def test_asymmetric_costs_survive_the_pooled_scale_and_no_scale_of_the_decision_s_own():
+    """What a cell's own spread leaves is how rare an outcome is in its group, and nothing of what it costs."""
+    miss, alarm = costs("pooled")
+    assert miss / alarm == pytest.approx(0.8 / 0.2, rel=1e-12)
+    for own in ("group", "batch"):
+        miss, alarm = costs(own)
+        assert miss < alarm  # one false alarm in four is further from the mean, in deviations, than two misses in four
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+def test_pooled_advantages_have_mean_zero_at_every_decision(baseline):
+    reward = random_rewards(3, 5, 7)
+    reward[0, 2, 1] = reward[1, :, 4] = NAN
+    advantage = of(group_advantages, reward, baseline=baseline, scale="pooled")
+    close(advantage.sum(1), torch.zeros(3, 7).double())
+    assert of(group_advantages, reward, scale="pooled", eps=0.0)[~reward.isnan()].square().mean() == pytest.approx(1.0)
+
+
 def test_leave_one_out_is_the_mean_baseline_stretched():
     reward = random_rewards(5, 7)
     stretched = group_advantages(reward, scale="none") * 7 / 6
@@ -227,7 +296,7 @@ def test_log_mean_exp_lies_between_the_mean_and_the_best():
 
 def test_group_of_one_is_refused_where_it_has_no_statistics():
     reward = doubles([[0.7], [0.2]])
-    for function in (group_advantages, balanced_advantages):
+    for function in (group_advantages, balanced_advantages, ranked_advantages):
         with pytest.raises(ValueError, match="group_size=1"):
             of(function, reward)
     with pytest.raises(ValueError, match="group_size=1"):
@@ -412,6 +481,24 @@ def test_resolution_ties_rewards_that_round_to_the_same():
 
 
 # -- dropping negatives -------------------------------------------------------------------------------------------------
+
+
+def test_ranks_go_from_minus_one_to_one_and_equal_rewards_share_theirs():
+    ranks = partial(ranked_advantages, z_weight=0.0)
+    reward = doubles([[0.6, 0.4, 0.9, 0.5, 0.1], [0.0, 1.0, 1.0, 0.0, 0.0], [0.2, NAN, 0.1, NAN, 0.3]])
+    expected = [[0.5, -0.5, 1, 0, -1], [-0.5, 0.75, 0.75, -0.5, -0.5], [0, 0, -1, 0, 1]]
+    close(of(ranks, reward), doubles(expected))
+    close(of(ranks, reward).sum(1), torch.zeros(3).double())
+
+
+def test_score_is_of_the_batch_and_groups_without_spread_have_none():
+    reward = doubles([[0.0, 4.0], [6.0, 6.0], [NAN, 2.0]])  # mean 3.6, squared deviations 12.96 .16 5.76 5.76 2.56
+    std = (27.2 / 5) ** 0.5
+    score = of(ranked_advantages, reward, z_weight=1.0, eps=0.0)
+    close(score, doubles([[-3.6 / std, 0.4 / std], [0, 0], [0, 0]]))
+    close(of(ranked_advantages, reward, z_weight=0.25, eps=0.0)[0], 0.25 * score[0] + 0.75 * doubles([-1.0, 1.0]))
+    given = of(ranked_advantages, reward, z_weight=1.0, mean=1.0, std=2.0, eps=0.5)
+    close(given, doubles([[-0.4, 1.2], [0, 0], [0, 0]]))
 
 
 def test_negatives_are_dropped_until_they_are_no_more_than_the_positives():
@@ -624,6 +711,30 @@ def test_aligned_rewards_are_credited_decision_by_decision(recipe):
     assert credit.keep.tolist() == [1] * 12
     for t in [0, 1, 3, 4]:
         close(credit.advantage[:, t], recipe.credit(group(rewards[..., t], **fields)).advantage)
+
+
+@pytest.mark.parametrize("credit", ["decision", "segment", "rollout"])
+@in_float
+def test_constant_rewards_of_a_forecast_get_exactly_zero(credit, dtype):
+    """Also where cells differ, or stand in another order."""
+    rewards = torch.full((2, 7, 2, 6), 0.7, dtype=dtype) * torch.arange(1, 7)
+    if credit != "decision":
+        rewards[:, 1::2] = rewards[:, 1::2][..., [1, 0, 2, 3, 5, 4]]
+    blocks = torch.tensor([0, 0, 1, 1, 2, 2]).expand(14, 6)
+    given = group(rewards, segments=blocks, aligned=True, names=())
+    assert not forecast_grpo(credit=credit).credit(given).advantage.any()
+
+
+@pytest.mark.parametrize("credit", ["decision", "segment", "rollout"])
+def test_a_forecast_permutes_with_its_rollouts_and_groups(credit):
+    rollouts, prompts = torch.tensor([3, 0, 4, 1, 2]), torch.tensor([2, 0, 3, 1])
+    rewards, blocks = random_rewards(4, 5, 2, 6), torch.tensor([0, 0, 1, 1, 2, 2]).expand(20, 6)
+    recipe = forecast_grpo(credit=credit)
+    before, after = (
+        recipe.credit(group(given, segments=blocks, aligned=True, names=())).advantage.view(4, 5, 6)
+        for given in (rewards, rewards[prompts][:, rollouts])
+    )
+    close(after, before[prompts][:, rollouts])
 
 
 def test_advantage_std_is_over_kept_rows_and_their_decisions():

@@ -1,14 +1,21 @@
 """From components to one reward: closed forms, slow twins, edges. Worked examples are in test_oracles.py."""
 
 import math
-from itertools import permutations
+from itertools import permutations, product
 from statistics import mean, stdev
 
 import pytest
 import torch
 
 from core.objective.advantage import group_advantages
-from core.objective.aggregation import decoupled_sum, favour_unlikely, gated_mean, group_range_sum, weighted_sum
+from core.objective.aggregation import (
+    decoupled_sum,
+    favour_unlikely,
+    gated_mean,
+    group_range_sum,
+    share_credit,
+    weighted_sum,
+)
 from core.objective.group import Group
 from core.objective.recipes import gdpo, grpo, safety_gated, unlikeliness
 
@@ -49,6 +56,76 @@ def test_decisions_are_aggregated_one_by_one(function, dtype):
     assert got.isnan().sum() == got.isnan()[1, 3, 1] == 1
     for t in range(3):
         close(got[..., t], of(function, group(rewards[..., t], weights, names=AXES)), 1e-5)
+
+
+# -- credit for blocks --------------------------------------------------------------------------------------------------
+
+
+def cells(*shape, seed=0):
+    """Rewards (P, G, K, T) with holes, a mask that leaves cells out, and segments that differ from row to row."""
+    rewards = random_rewards(*shape, seed=seed)
+    chance = torch.Generator().manual_seed(seed + 1)
+    prompts, size, _, decisions = shape
+    rewards[torch.rand(shape, generator=chance) < 0.3] = NAN
+    rewards[0, 1] = NAN  # not scored
+    mask = (torch.rand(prompts * size, decisions, generator=chance) < 0.7).long()
+    segments = torch.randint(3, (prompts * size, decisions), generator=chance)
+    return group(rewards, mask=mask, segments=segments, aligned=True)
+
+
+@pytest.mark.parametrize("credit", ["segment", "rollout"])
+def test_credit_of_a_block_by_the_slow_loop(credit):
+    given = cells(3, 4, 2, 9)
+    got = of(share_credit, given, credit=credit)
+    assert (got.shape, got.dtype) == (given.rewards.shape, given.rewards.dtype)
+    alone = 0
+    for p, g, k, t in product(range(3), range(4), range(2), range(9)):
+        row = p * 4 + g
+        block = [
+            given.rewards[p, g, k, other].item()
+            for other in range(9)
+            if given.mask[row, other] and not given.rewards[p, g, k, other].isnan()
+            if credit == "rollout" or given.segments[row, other] == given.segments[row, t]
+        ]
+        alone += not block
+        assert got[p, g, k, t].item() == pytest.approx(mean(block) if block else NAN, rel=1e-12, nan_ok=True)
+    assert (
+        alone == 18 if credit == "rollout" else alone > 18
+    )  # the rollout that was not scored, and blocks without a reward
+
+
+def test_one_block_is_the_rollout_and_blocks_of_one_are_decisions():
+    given = cells(2, 3, 2, 5)
+    given.segments = torch.zeros(6, 5).long()
+    torch.testing.assert_close(
+        of(share_credit, given, credit="segment"), of(share_credit, given, credit="rollout"), equal_nan=True
+    )
+    given.segments, given.mask = torch.arange(5).expand(6, 5), torch.ones(6, 5)
+    close(of(share_credit, given, credit="segment"), given.rewards)
+    assert of(share_credit, given, credit="decision") is of(share_credit, given) is given.rewards
+
+
+def test_equal_blocks_have_equal_means_whatever_their_order():
+    """In float32 the sum of these depends on the order, and a rounding error would be a contrast."""
+    values = random_rewards(999).float()
+    backwards = values.flip(0)
+    assert values.sum() != backwards.sum()
+    given = group(torch.stack([values, backwards]).view(1, 2, 1, 999), aligned=True)
+    given.segments = torch.zeros(2, 999).long()
+    for credit in ("segment", "rollout"):
+        got = of(share_credit, given, credit=credit)
+        assert got.dtype == torch.float32
+        assert (got == got[0, 0, 0, 0]).all()
+
+
+def test_credit_without_what_it_shares_is_refused():
+    whole, each = group(random_rewards(2, 3, 1)), group(random_rewards(2, 3, 1, 4), aligned=True)
+    assert of(share_credit, whole, credit="rollout") is whole.rewards
+    for credit in ("decision", "segment"):
+        with pytest.raises(ValueError, match=f"credit={credit} needs one reward per decision.*use credit=rollout"):
+            of(share_credit, whole, credit=credit)
+    with pytest.raises(ValueError, match=r"credit=segment needs blocks .* the group has no segments"):
+        of(share_credit, each, credit="segment")
 
 
 # -- plain sum ----------------------------------------------------------------------------------------------------------

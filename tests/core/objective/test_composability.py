@@ -9,7 +9,7 @@ from objective_fixtures import NAMES, group, group_for, rows_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from core.objective.composition import ASKED, NEEDS
+from core.objective.composition import GIVES
 from core.objective.recipes import RECIPES, build
 
 PAIRS = [(a, b) for a, b in permutations(RECIPES.values(), 2) if not set(a.sets) & set(b.sets)]
@@ -25,6 +25,7 @@ PUSHES = {
     "opmd": ([0.7, 1.0], "stale data are at a distance from the policy"),
     "asymre": ([0.7, 1.0], "the lowered baseline imitates all that was sampled"),
     "llds": ([0.7, 1.0], "rollouts of advantage 0 are protected too"),
+    "faker_air": ([0.7, 1.0], "its KL draws back to the reference"),
     "diffusion_nft": ([0.7, 1.0], "at advantage 0 the velocity is drawn back to the old one, and to the reference's"),
 }
 
@@ -134,9 +135,10 @@ def test_three_recipes_combine_and_the_clashing_two_of_them_are_named():
 REFUSED = {
     ("mc_grpo", "decision"): "one reward per rollout, not per decision",
     ("value_anchored", "rollout"): "need one reward per decision",
+    ("forecast_grpo", "rollout"): "credit=decision needs one reward per decision",
 }
-ALIGNED_TRAINER = set(NEEDS) - set(ASKED)  # a flow or a forecast has no other temperature, no output layer, no prompt
 NEVER_ALIGNED = {"distribution_centric", "token_hidden_reward", "sample_routed"}
+FLOWS_ALONE = {"grpo_guard", "diffusion_nft", "group_preference"}
 
 
 @pytest.mark.parametrize("holes", [None, [1, 3]], ids=["all steps", "observed cells"])
@@ -156,12 +158,13 @@ def test_which_recipe_runs_on_an_aligned_policy(recipe, rewards, holes):
 
 
 @EACH
-def test_which_recipe_an_aligned_trainer_refuses(recipe):
-    if recipe.name in NEVER_ALIGNED:
-        with pytest.raises(ValueError, match=f"recipe {recipe.name} needs .*: the flow trainer cannot give that"):
-            recipe.refuse(ALIGNED_TRAINER, NAMES, "the flow trainer")
+@pytest.mark.parametrize(("kind", "refused"), [("flow", set()), ("forecast", FLOWS_ALONE)])
+def test_which_recipe_an_aligned_policy_refuses(recipe, kind, refused):
+    if recipe.name in NEVER_ALIGNED | refused:
+        with pytest.raises(ValueError, match=f"recipe {recipe.name} needs .*: a {kind} cannot give that"):
+            recipe.refuse(GIVES[kind], NAMES, f"a {kind}")
     else:
-        recipe.refuse(ALIGNED_TRAINER, NAMES, "the flow trainer")
+        recipe.refuse(GIVES[kind], NAMES, f"a {kind}")
 
 
 @EACH

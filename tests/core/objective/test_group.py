@@ -56,12 +56,28 @@ def test_infinite_reward_is_refused_by_the_component_s_name(value):
             zeros(1, 2, 1, mask=torch.ones(2, 1), old_logps=torch.zeros(2, 3)),
             r"need a mask of that shape, not \(2, 1\)",
         ),
+        (zeros(1, 2, 1, segments=torch.zeros(2).long()), r"segments has shape \(2,\); expected \(2, T\)"),
+        (zeros(1, 2, 1, 3, aligned=True, segments=torch.zeros(2, 4).long()), r"segments has .* expected \(2, 3\)"),
+        (
+            zeros(1, 2, 1, mask=torch.ones(2, 3), segments=torch.zeros(2, 4).long()),
+            r"segments of shape \(2, 4\) do not fit a mask of \(2, 3\)",
+        ),
+        (zeros(1, 2, 1, segments=torch.zeros(2, 3)), "segments are torch.float32; they must be whole numbers"),
+        (zeros(1, 2, 1, segments=torch.zeros(2, 3).bool()), "segments are torch.bool"),
+        (zeros(1, 2, 1, segments=torch.tensor([[0, -1], [0, 0]])), "segments go from -1 to 0; a row of 2 decisions"),
+        (zeros(1, 2, 1, segments=torch.tensor([[0, 1], [0, 2]])), "from 0 to 2; .* number them from 0 to 1"),
         (zeros(2, 2, 1, task=torch.zeros(4)), r"task has shape \(4,\); expected \(2,\)"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Group(**fields)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_segments_of_any_whole_numbers_below_the_number_of_decisions_are_taken(dtype):
+    Group(**zeros(1, 2, 1, 3, aligned=True, segments=torch.tensor([[0, 2, 0], [1, 1, 1]]).to(dtype)))
+    Group(**zeros(1, 2, 1, segments=torch.zeros(2, 0, dtype=dtype)))
 
 
 def test_component_is_found_by_name():

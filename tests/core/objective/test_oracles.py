@@ -1,4 +1,4 @@
-"""Worked examples of eighteen papers (oracles.json), each through the recipe or the slot function that claims to be it.
+"""Worked examples of nineteen papers (oracles.json), each through the recipe or the slot function that claims to be it.
 
 A solver takes a case's inputs and params and returns the values that the case names. What the package does not return is
 read off what it does: a gradient, the difference of two advantages, the option at which a rollout falls silent.
@@ -22,6 +22,7 @@ from core.objective.recipes import (
     diffusion_nft,
     distribution_centric,
     dr_grpo,
+    faker_air,
     flow_grpo,
     gaussian_rank,
     gdpo,
@@ -329,6 +330,15 @@ def preferred(inputs, params):
         "inside": -loss.expm1().log(),
         "loss": loss,
     }
+
+
+def ranked(inputs, params):
+    """The running statistics of a first step, which the recipe does not keep, are its options here."""
+    reward, alpha = doubles(inputs["rewards"]), params["ema_alpha"]
+    mean = (1 - alpha) * params["ema_mean0"] + alpha * reward.mean().item()
+    std = ((1 - alpha) * params["ema_var0"] + alpha * (reward.mean().item() - mean) ** 2) ** 0.5
+    recipe = faker_air(z_weight=params["c"], mean=mean, std=std)
+    return {"A": advantage(recipe, reward), "ema_mean": doubles(mean), "ema_std": doubles(std + recipe.options["eps"])}
 
 
 # -- several rewards ----------------------------------------------------------------------------------------------------
@@ -640,6 +650,8 @@ SOLVERS = {  # (paper, start of the case's name); the longest that fits
     ("flow-grpo", "advantages"): flow_advantages,
     ("flow-grpo", "diffusion_nft"): forward_process,
     ("gdpo-sr", "reward_and_loss"): preferred,
+    ("air-quality-grpo", "centred_rank"): lambda inputs, params: advantage(faker_air(z_weight=0.0), inputs["rewards"]),
+    ("air-quality-grpo", "advantage_first_step"): ranked,
 }
 
 
@@ -648,7 +660,7 @@ def solver(paper, case):
 
 
 def test_every_case_has_a_solver_and_every_solver_a_case():
-    assert len(CASES) == 65
+    assert len(CASES) == 67
     assert {solver(*name) for name in CASES} == set(SOLVERS)
 
 

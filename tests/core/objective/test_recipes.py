@@ -266,6 +266,47 @@ def test_values_along_a_path_are_clipped_and_held_as_the_other_flows_are():
     assert anchored(beta=0.04).all_needs == {"aligned", "divergence"}
 
 
+# -- forecasts ------------------------------------------------------------------------------------------------------------
+
+
+def test_forecast_recipe_is_plain_grpo_with_one_scale_and_the_mean_over_decisions():
+    recipe, plain = RECIPES["forecast_grpo"], grpo(scale="pooled", reduction="token_mean")
+    given = group_for(recipe, holes=[1, 3])
+    credit, expected = recipe.credit(given), plain.credit(given)
+    assert credit.advantage.shape == (12, 5)
+    assert torch.equal(credit.advantage, expected.advantage)
+    logps = given.old_logps + 0.3 * random(*given.old_logps.shape, seed=1)
+    losses = [r.loss(rows_of(given, credit, logps)) for r in (recipe, plain)]
+    assert losses[0].sum == losses[1].sum
+    assert recipe(beta=0.02).all_needs == {"aligned", "whole_batch", "divergence"}
+
+
+def test_blocks_of_a_forecast_have_one_advantage_each():
+    recipe = RECIPES["forecast_grpo"]
+    given = group_for(recipe)
+    given.segments = torch.tensor([0, 1, 0, 1, 2]).expand(12, 5)
+    advantage = recipe(credit="segment").credit(given).advantage
+    assert torch.equal(advantage, advantage[:, [2, 3, 0, 1, 4]])
+    assert not torch.equal(advantage[:, 0], advantage[:, 1])
+    whole = recipe(credit="rollout").credit(given).advantage
+    assert torch.equal(whole, whole[:, :1].expand(12, 5))
+
+
+def test_faker_air_is_the_mean_over_each_rollout_s_decisions_without_ratio():
+    """L = mean over rows of mean over decisions (-A l + 5e-4 KL), whatever the policy that sampled."""
+    recipe, logps, distance = RECIPES["faker_air"], random(4, 3, seed=0).requires_grad_(), random(4, 3, seed=1) ** 2
+    advantage = torch.tensor([1.0, -0.5, 0.3, 0.0]).double()
+    given = rows(logps, advantage, old_logps=logps.detach() - 9, extras={"divergence": distance})
+    loss = recipe.loss(given)
+    each = [
+        sum(-advantage[row] * logps[row, t] + 5e-4 * distance[row, t] for t in range(length)) / length
+        for row, length in enumerate((3, 2, 1, 3))
+    ]
+    torch.testing.assert_close(loss.sum / loss.count, sum(each) / 4)
+    (slope,) = torch.autograd.grad(loss.sum / loss.count, logps)
+    torch.testing.assert_close(slope[1], torch.tensor([0.5 / 2 / 4, 0.5 / 2 / 4, 0.0]).double())
+
+
 # -- what a recipe needs --------------------------------------------------------------------------------------------------
 
 
@@ -275,7 +316,7 @@ def test_each_need_that_is_not_given_is_refused_in_words(recipe):
     recipe.refuse(NEEDS, components, "the trainer")
     for need in NEEDS:
         provides = set(NEEDS) - {need}
-        if need in recipe.needs:
+        if need in recipe.all_needs:
             message = f"recipe {recipe.name} needs {NEEDS[need]}: the trainer cannot give that"
             with pytest.raises(ValueError, match=re.escape(message)):
                 recipe.refuse(provides, components, "the trainer")
@@ -370,6 +411,11 @@ def test_group_without_an_outcome_works_or_is_refused_in_words(recipe):
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
 def test_a_rehearsal_lets_every_recipe_through(recipe):
     recipe.rehearse(dict.fromkeys(NAMES, 1.0), "execution")
+
+
+@pytest.mark.parametrize("credit", ["decision", "segment", "rollout"])
+def test_a_rehearsal_lets_every_credit_of_a_forecast_through(credit):
+    RECIPES["forecast_grpo"](credit=credit).rehearse(dict.fromkeys(NAMES, 1.0), "execution")
 
 
 @pytest.mark.parametrize(

@@ -632,8 +632,17 @@ def test_a_pipeline_that_has_moved_is_named(folder, tmp_path):
 def test_an_adapter_of_other_layers_is_refused(folder, tmp_path):
     PipelineNet.load(folder("wan"), LORA).save(tmp_path)
     net = PipelineNet.load(folder("wan"), replace(LORA, lora_targets="to_q"))
-    with pytest.raises(ValueError, match=r"adapter of other layers: 0 .* and 12 of its own .* set model.lora_targets"):
+    message = r"holds another adapter than this net's \(.*\.to_k\.lora_A.* does not fit\); check model.lora_targets"
+    with pytest.raises(ConfigError, match=message):
         net.restore(tmp_path)
+    net = PipelineNet.load(folder("wan"), replace(LORA, lora_rank=3))
+    with pytest.raises(ConfigError, match="holds an adapter of another shape; check model.lora_rank"):
+        net.restore(tmp_path)
+
+
+def test_a_name_that_no_layer_has_is_refused(folder):
+    with pytest.raises(ConfigError, match="model.lora_targets=to_q, to_kv: no layer is named 'to_kv'; correct it or use"):
+        PipelineNet.load(folder("wan"), replace(LORA, lora_targets="to_q, to_kv"))
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------------

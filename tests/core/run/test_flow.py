@@ -103,7 +103,7 @@ def test_completions_are_kept_as_pictures_beside_the_json(painting, home):
         assert np.abs(picture(RUN / item["completion"]) - array).max() <= 0.5 / 255 + 1e-6
     before = json.loads((RUN / "before.json").read_text())
     assert before["completions"] == [f"samples/before/{i:05d}.png" for i in range(len(rows))]
-    kept = actor.kept(RunFolder(RUN), before["completions"])
+    kept = actor.kept(RunFolder(RUN), rows, before["completions"])
     assert all(np.array_equal(a, picture(RUN / b)) for a, b in zip(kept, before["completions"], strict=True))
 
 
@@ -424,7 +424,7 @@ def test_folders_that_will_not_do_are_refused(wishes, capsys):
         ("launch.sampler=vllm_colocate", "for language models"),
         ("trainer.bet=1", "unknown field of transformers.TrainingArguments in trainer: 'bet'"),
         ("objective.recipe=seed_grpo", "objective: "),
-        ("data.train_rows=1", "1 training rows are fewer than the 2 of one generation batch"),
+        ("data.train_rows=1", "1 training prompts are fewer than the 2 of one generation batch"),
         ("rollout.temperature=1", "unknown key in section rollout 'temperature'"),
     ],
 )

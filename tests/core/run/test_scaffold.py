@@ -7,6 +7,7 @@ import pytest
 
 from core import app as apps
 from core import config as configs
+from core.batch import Batch
 from core.run.evaluate import Judge
 from core.run.scaffold import write_app
 
@@ -24,7 +25,7 @@ def test_a_new_app_passes_its_self_check_as_it_stands(fresh, tmp_path):
     app.write_offline(tmp_path / "data", 0)
     rows = apps.prepare(app, app.load(tmp_path / "data")["test"], app.options())
     config = configs.load(app, apps.folder(fresh) / "tiny.yaml", ["rewards.workers=1"])
-    assert configs.batch(configs.load(app, apps.folder(fresh) / "gpu.yaml")).rollouts == 256
+    assert Batch.of(configs.load(app, apps.folder(fresh) / "gpu.yaml")).rollouts == 256
     with Judge(app, config, app.composite()) as judge:
         found = apps.self_check(app, rows, judge.rewards, judge.metrics)
         assert found

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from core import config as configs
+from core.batch import Batch
 from core.config import Config, LanguageRollout, Optim, Run
 from core.objective.recipes import RECIPES
 from core.policy.tiny import build_model
@@ -114,7 +114,7 @@ def language_trainer(
         outcome=rewards[0],
         recipe=recipe,
         config=config,
-        batch=configs.batch(config, extra_rollouts=recipe.extra_rollouts),
+        batch=Batch.of(config, extra_rollouts=recipe.extra_rollouts),
         output=Path(folder) / "ours",
         **more,
     )
@@ -123,7 +123,7 @@ def language_trainer(
 def stock_trainer(folder, config=None, rewards=("spread",), weights=None, policy=None, peft_config=None, **arguments):
     """trl.GRPOTrainer as anyone would write it, at the same batch arithmetic."""
     config = config or settings()
-    batch = configs.batch(config)
+    batch = Batch.of(config)
 
     def in_trl_s_form(name):
         function = reward_named(name)

@@ -7,11 +7,15 @@ import pytest
 import torch
 from trajectory_fixtures import (
     ROWS,
+    Gradients,
     bright,
     broken_at,
     condition,
     constant,
     first_fails,
+    gradients,
+    largest,
+    options,
     policy,
     rollout_of,
     settings,
@@ -24,47 +28,10 @@ from transformers import TrainerCallback, TrainingArguments
 
 from core.config import ConfigError, Launch
 from core.objective.recipes import RECIPES, build
-from core.train.trajectory import PROVIDES
+from core.policy.flow import FlowPolicy
 
+PROVIDES = FlowPolicy.provides
 FLOWS = sorted(name for name, recipe in RECIPES.items() if recipe.needs <= PROVIDES)
-OPTIONS = {
-    "epsilon_low": 0.2, "epsilon_high": 0.2, "gate": "bright", "quality": "smooth", "answers": "smooth", "success": 0.5,
-    "correct": 0.5, "beta": 0.1,
-}  # fmt: skip
-
-
-def options(name):
-    """A recipe with what it must be told, and a KL where it has one in closed form."""
-    known = RECIPES[name].options
-    more = {key: value for key, value in OPTIONS.items() if key in known}
-    if "beta" in more and "ref_logps" in RECIPES[name](beta=0.1).all_needs:
-        del more["beta"]
-    if str(known.get("reduction", "")).endswith("_local"):
-        more["reduction"] = "token_mean"
-    return {"recipe": name, **more}
-
-
-class Gradients(TrainerCallback):
-    """The gradient of the last update, before the optimizer takes it."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def gradients(recipe, tmp_path, steps=2, double=True, rollout=None, rewards=None, **more):
-    """Of the second update on one generation batch: off-policy, so that ratios, clips and guards count."""
-    seen = Gradients()
-    rollout = rollout or rollout_of(iterations=2)
-    config = settings(steps=steps, lr=0.05, rollout=rollout, **more)
-    made = trainer(recipe, config, tmp_path, policy(double=double, **vars(rollout)), rewards, callbacks=[seen])
-    made.train()
-    return seen.found
-
-
-def largest(one, two):
-    """The largest difference, relative to the largest entry of its tensor; before a norm a bias has none but for rounding."""
-    least = 1e-6 * max(float(part.abs().max()) for part in one.values())
-    return max(float((one[k] - two[k]).abs().max() / one[k].abs().max().clamp(min=least)) for k in one)
 
 
 @pytest.mark.parametrize("name", FLOWS)

@@ -7,8 +7,7 @@ import sys
 import tempfile
 
 import torch
-from test_trajectory import gradients, options
-from trajectory_fixtures import bright, rollout_of, smooth, unsure
+from trajectory_fixtures import bright, forecast_of, gradients, options, rollout_of, smooth, unsure
 
 from core import ranks
 
@@ -23,6 +22,9 @@ if __name__ == "__main__":
     for name in CASES:
         with tempfile.TemporaryDirectory() as folder:
             made[name] = gradients(options(name), folder, rollout=rollout, rewards=rewards, micro_steps=3)
+    with tempfile.TemporaryDirectory() as folder:  # rewards of single decisions, of which a part is masked
+        rollout = forecast_of(prompts_per_step=4, steps_per_batch=2)
+        made["forecast"] = gradients(options("forecast_grpo"), folder, rollout=rollout, micro_steps=2)
     made = {name: {key.removeprefix("module."): g for key, g in found.items()} for name, found in made.items()}
     if ranks.is_main():
         torch.save(made, sys.argv[1])

@@ -18,8 +18,8 @@ import torch
 from language_fixtures import PROMPTS, WORDS, model, settings, tokenizer
 from transformers import TrainerCallback
 
-from core import config as configs
 from core import ranks
+from core.batch import Batch
 from core.objective.recipes import RECIPES, build
 from core.scoring import Scorer
 from core.train.arguments import PROVIDES
@@ -85,7 +85,7 @@ def gradients(options: dict, micro: int) -> dict[str, torch.Tensor]:
             outcome="spread",
             recipe=recipe,
             config=config,
-            batch=configs.batch(config, ranks.count(), recipe.extra_rollouts),
+            batch=Batch.of(config, ranks.count(), recipe.extra_rollouts),
             output=Path(folder),
             callbacks=[keep],
         )

@@ -4,6 +4,7 @@ An archive that fits into MEMORY_MB after coarsening is read once, when it is fi
 CACHE_MB of decoded, coarsened blocks are held (data/air_frames.py); stations are always held, as the cells that they lie in.
 """
 
+import os
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -50,7 +51,7 @@ class Archive:
         self._published = faker_air.open_archive(self.folder) if faker_air.is_faker_air(self.folder) else {}
         self._room, self._cache = MEMORY_MB * 2**20, Cache(CACHE_MB * 2**20)
         self._lay_out()
-        analysis, place = self._slot("analysis")
+        analysis, place = self._analysis()
         analysis = self._on_steps(analysis, place)
         self.times = analysis["time"].values.astype("datetime64[ns]")
         self.analysis = self._frames(analysis, self.variables, place)
@@ -93,14 +94,11 @@ class Archive:
         """(T,) bool: times at which anything is observed."""
         if self._maps is None:
             return np.isfinite(self._reports).any(axis=(1, 2))
-        there = [
-            (first + np.arange(len(block)), np.isfinite(block).any(axis=(1, 2, 3)))
-            for first, block in self._maps.blocks()
-        ]
         if self._mapped is not None:
-            there = [(self._maps.first + np.arange(self._maps.length), self._mapped.values)]
-        times, seen = (np.concatenate(part) for part in zip(*there, strict=True))
-        return np.isin(np.arange(len(self.times)), times[seen])
+            seen = self._mapped.values
+        else:
+            seen = np.concatenate([np.isfinite(block).any(axis=(1, 2, 3)) for _, block in self._maps.blocks()])
+        return np.isin(np.arange(len(self.times)), self._maps.first + np.flatnonzero(seen))
 
     @cached_property
     def like(self) -> "Archive | None":
@@ -165,18 +163,28 @@ class Archive:
 
     def _path(self, name: str, folder: Path) -> Path | None:
         """Where the store of that name lies in a folder."""
-        paths = [folder / f"{name}{ending}" for ending in (".zarr", ".nc", "")]
+        endings = (".zarr", ".nc", "") if name in ("analysis", "forcing") else (".zarr", ".nc")
+        paths = [folder / f"{name}{ending}" for ending in endings]
         return next((path for path in paths if path.exists()), None)
 
     def _slot(self, name: str) -> tuple[xr.Dataset | None, str]:
         """The store of that name, and what to call it in a message; None if there is none."""
-        if name in self._published:
+        alone = name == "analysis" and self.alone
+        if name in self._published and not alone:
             return self._published[name], str(self.folder)
-        path = self.path if name == "analysis" and self.alone else self._path(name, self.folder)
+        path = self.path if alone else self._path(name, self.folder)
         if path is None:
             return None, str(self.folder)
         ds = open_store(path)
         return (ds if "station" in ds.dims else cf.gridded(ds, str(path), self._upside_down)), str(path)
+
+    def _analysis(self) -> tuple[xr.Dataset, str]:
+        analysis, place = self._slot("analysis")
+        if analysis is None:
+            raise ValueError(
+                f"{self.folder} has no analysis.zarr, analysis.nc or folder analysis/; one must hold the analysis"
+            )
+        return analysis, place
 
     def _lay_out(self) -> None:
         """Grid, static maps and regions, coarsened."""
@@ -188,11 +196,7 @@ class Archive:
             self._upside_down = cf.is_upside_down(static)
             static = cf.gridded(static, place)
         if static is None or "lat" not in static.coords:
-            analysis, place = self._slot("analysis")
-            if analysis is None:
-                raise ValueError(
-                    f"{self.folder} has no analysis.zarr, analysis.nc or folder analysis/; one must hold the analysis"
-                )
+            analysis, place = self._analysis()
             if "lat" not in analysis.coords:
                 raise ValueError(
                     f"{place} has no lat and lon, nor has a static.nc beside it; one must have them, (y, x) in degrees"
@@ -317,6 +321,11 @@ class Archive:
             warnings.warn(
                 f"{place}: {self.stations_outside} of {len(cell)} stations lie outside the grid", stacklevel=2
             )
+        when = pd.DatetimeIndex(ds["time"].values)
+        if when.has_duplicates:
+            raise ValueError(f"{place} has the time {when[when.duplicated()][0]} twice; keep one")
+        there = when.get_indexer(self.times)
+        ds = ds.isel(time=there[there >= 0])
         values = []
         for name in self.variables:
             theirs = cf.find(ds, name, place, self.settings.names)
@@ -326,17 +335,16 @@ class Archive:
             factor = cf.micrograms(ds[theirs].attrs.get("units"), f"{place}: {theirs}")
             values.append(ds[theirs].transpose("time", "station").values.astype(np.float32) * np.float32(factor))
         if not any(np.isfinite(one).any() for one in values):
-            raise ValueError(f"{place} holds no value of {' or '.join(self.variables)}; check its names and units")
-        there = pd.DatetimeIndex(ds["time"].values).get_indexer(self.times)
+            raise ValueError(f"{place} holds no value of {' or '.join(self.variables)} at the times of the analysis")
         means, self._cells = stations.cell_means(np.stack(values, axis=1), cell)
-        self._reports = np.where((there >= 0)[:, None, None], means[there], np.float32(np.nan))
+        self._reports = np.full((len(self.times), *means.shape[1:]), np.nan, np.float32)
+        self._reports[there >= 0] = means
 
     def _open_forcing(self) -> None:
         self.forcing, self.roles = None, {}
         ds, place = self._slot("forcing")
-        if (
-            self.alone and self.like is not None and self.like.roles
-        ):  # a store with the last frames may bring its forcing with it
+        if self.alone and self.like is not None and self.like.roles:
+            # a store with the last frames may bring its forcing with it
             own, own_place = self._slot("analysis")
             if all(cf.find(own, name, own_place, self.settings.names) for name in self.like.roles):
                 ds, place = own, own_place
@@ -371,7 +379,7 @@ class Archive:
         where = leads.get_indexer(pd.TimedeltaIndex(np.arange(1, self.settings.leads + 1) * self._step))
         if (where < 0).any():
             raise ValueError(
-                f"{place} has leads to {leads[-1]}; it must have {self.settings.leads} of {self.step_h} h, {leads[0]} is its first"
+                f"{place} has leads to {leads[-1]}; it must have {self.settings.leads} of {self.step_h} h from {self.step_h} h on"
             )
         self.model = self._frames(ds.isel(prediction_timedelta=where), self.variables, place, lead=len(where))
         self.model_inits = {time: number for number, time in enumerate(ds["time"].values.astype("datetime64[ns]"))}
@@ -412,12 +420,14 @@ def _order(name: str) -> tuple:
     return (known.index(name) if name in known else len(known), name)
 
 
-_OPEN: dict[Path, Archive] = {}
+_OPEN: dict[str, Archive] = {}
 
 
 def open_archive(path: str | Path, again: bool = False) -> Archive:
     """The archive of that path, opened once a process; again: opened anew, since its files may have changed."""
-    path = Path(path).resolve()
-    if again or path not in _OPEN:
+    path = os.path.abspath(path)
+    if again:
+        _OPEN.pop(path, None)
+    if path not in _OPEN:
         _OPEN[path] = Archive(path)
     return _OPEN[path]

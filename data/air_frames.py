@@ -25,7 +25,7 @@ BLOCK_MB, CHUNK_MB = 4, 400  # of one variable, before coarsening
 
 
 class Cache:
-    """Blocks by key, the least recently used dropped when they are more than `limit` bytes together."""
+    """Blocks by key, the least recently used dropped as soon as they are more than `limit` bytes together."""
 
     def __init__(self, limit: int):
         self.limit, self.size = limit, 0
@@ -37,10 +37,10 @@ class Cache:
             if key in self._blocks:
                 self._blocks.move_to_end(key)
                 return self._blocks[key]
-            while self._blocks and self.size > self.limit - BLOCK_MB * 2**20:
-                self.size -= self._blocks.popitem(last=False)[1].nbytes
             block = self._blocks[key] = make()
             self.size += block.nbytes
+            while self.size > self.limit and len(self._blocks) > 1:
+                self.size -= self._blocks.popitem(last=False)[1].nbytes
             return block
 
 

@@ -111,8 +111,8 @@ class Window:
                 raise ValueError(f"{self.path} has no forcing {name!r}; it has {', '.join(archive.roles) or 'none'}")
             if archive.roles[name] != "forecast":
                 raise LeakError(
-                    f"forcing {name} of {self.path} has role={archive.roles[name]}: after {self.init} it is not known at the init; "
-                    "only a forcing of role=forecast may be read ahead"
+                    f"forcing {name} of {self.path} has role={archive.roles[name]}: it is not known before it happens; "
+                    f"after {self.init} only a forcing of role=forecast may be read"
                 )
         if not names:
             return None
@@ -192,8 +192,8 @@ def load(folder: str | Path) -> dict[str, list[dict]]:
         if not len(inits):
             one = settings.splits[split]
             raise ValueError(
-                f"{archive.folder}: split {split} has no window: from {one.start} to {one.end}, with {settings.history} frames of "
-                f"history and {settings.leads} leads of {settings.step_h} h, whole analyses and any observation"
+                f"{archive.folder}: split {split}, {one.start} to {one.end}, has no window: {settings.history} whole analyses, then "
+                f"{settings.leads} leads of {settings.step_h} h with anything observed; widen it or fill the gaps"
             )
         _check_forcing(archive, split, inits)
         rows[split] = _rows(archive, archive.times[inits])
@@ -271,8 +271,8 @@ def _check_forcing(archive: Archive, split: str, inits: np.ndarray) -> None:
         start = archive.times[0]
         step = np.timedelta64(archive.step_h, "h")
         raise ValueError(
-            f"{archive.folder}: the forcing has times {start + begin * step} to {start + end * step}; the windows of split {split} "
-            f"read it from {start + first * step} to {start + last * step}: add the times or shorten the split"
+            f"{archive.folder}: the forcing has times {start + begin * step} to {start + end * step}; split {split} reads "
+            f"it from {start + first * step} to {start + last * step}: add the times or shorten the split"
         )
 
 

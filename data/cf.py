@@ -78,7 +78,7 @@ def micrograms(units: str | None, place: str) -> float:
 def check_units(name: str, units: str | None, place: str) -> None:
     """Raises ValueError unless a forcing says its units, and those that we know by name say the right ones."""
     if units is None:
-        raise ValueError(f"{place} has no units; write the attribute units{f' = {UNITS[name][0]}' * (name in UNITS)}")
+        raise ValueError(f"{place} has no units; write the attribute units ({UNITS.get(name, ('any text',))[0]})")
     if name in UNITS and _spelling(units) not in map(_spelling, UNITS[name]):
         raise ValueError(f"{place} has units {units!r}; {name} must be in {UNITS[name][0]}; convert it")
 

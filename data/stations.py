@@ -244,7 +244,8 @@ def _measurements(table: pd.DataFrame, unit: str | None, good_flags: Collection[
         raise ValueError(f"{path} holds the value {text.iloc[0]!r}, which is no number; leave a missing value empty")
     value = value.mask(value.isin(MISSING))
     units = table["unit"] if "unit" in table else pd.Series(unit, index=table.index, dtype=object)
-    factors = {one: cf.micrograms(one, f"{path}, unit of its values,") for one in units[value.notna()].unique()}
+    named = units[value.notna()].unique()
+    factors = {one: cf.micrograms(one if isinstance(one, str) else None, f"{path}: the value") for one in named}
     table = table.assign(value=value * units.map(factors).astype(float))
     return table.loc[table["value"].notna(), ["time", "station", "species", "value"]]
 

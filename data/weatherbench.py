@@ -123,7 +123,7 @@ class Forecasts(Mapping):
         for name, theirs in zip(variables, self._names, strict=True):
             if theirs is None:
                 raise ValueError(
-                    f"{path} has no {name}; it has {', '.join(map(str, ds.data_vars))}: names = {{{name!r}: ...}} says which it is"
+                    f"{path} has no {name}; it has {', '.join(map(str, ds.data_vars))}: names={{{name!r}: ...}} says which"
                 )
             if not {*FIELD, "y", "x"} <= set(ds[theirs].dims) <= {*FIELD, "y", "x", "number"}:
                 raise ValueError(
@@ -363,8 +363,8 @@ def _cells(ds: xr.Dataset, lat, lon, path: Path) -> tuple[np.ndarray | None, int
     _, size = nearest_cell(lat[:1, 0], lon[:1, 0], lat[1:2, :1], lon[1:2, :1])
     worst = int(far.argmax())
     if far[worst] > 0.1 * size[0]:
+        where = f"{np.ravel(lat)[worst]:.2f} N, {np.ravel(lon)[worst]:.2f} E"
         raise ValueError(
-            f"{path} has no cell at {np.ravel(lat)[worst]:.2f} N, {np.ravel(lon)[worst]:.2f} E (the nearest centre is {far[worst]:.0f} km "
-            "away): it lies on other cells; regrid it to the archive's"
+            f"{path} has no cell at {where}, the nearest is {far[worst]:.0f} km away; regrid it to the archive's cells"
         )
     return cell, 1, shape

@@ -314,7 +314,7 @@ Decide = Callable[[np.ndarray, Row, np.ndarray], np.ndarray]
 
 def scaled(forecast: np.ndarray, row: Row, factors: np.ndarray) -> np.ndarray:
     """Announces classes whose edges are all multiplied by a factor of each lead, (L,), as if the forecast were divided by it."""
-    edges = np.asarray(edges_of(row)) * factors[: len(forecast), None, None, None, None]
+    edges = np.asarray(edges_of(row))[:, None, None, :] * factors[: len(forecast), None, None, None, None]
     return with_levels(forecast, classes(values(forecast), edges))
 
 

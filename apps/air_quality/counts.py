@@ -113,7 +113,7 @@ def _of_row(row: Row, completion: np.ndarray) -> Reduced:
     announced, event = levels(completion, edges)[seen], true >= scheme.alert
     error = value[seen] - observed
     chance = exceedance(completion, edges)[..., scheme.alert - 1][seen].astype(np.float64)
-    measured = error, error**2, crps_ensemble(members(completion)[seen], observed), (chance - event) ** 2
+    measured = error, error**2, crps_ensemble(members(completion[seen]), observed), (chance - event) ** 2
 
     def counted(place: np.ndarray, shape: tuple[int, ...], weights: np.ndarray | None = None) -> np.ndarray:
         return np.bincount(place, weights, minlength=np.prod(shape)).reshape(shape)

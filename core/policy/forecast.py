@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from core.app import Shape
+from core.objective.composition import GIVES
 from core.config import ConfigError
 from core.policy import distributions
 from core.policy.distributions import Distribution
@@ -47,7 +48,7 @@ class ForecastPolicy(TrajectoryModule):
     Raises ConfigError for more classes than bins.
     """
 
-    provides = frozenset({"divergence", "entropy"})
+    provides = GIVES["forecast"]
 
     def __init__(self, net: nn.Module, rollout: ForecastRollout, quantity: Quantity, half: bool = False):
         super().__init__(net, rollout, half)
@@ -137,9 +138,10 @@ class ForecastPolicy(TrajectoryModule):
         """The distributions of each lead, with gradient but none through time; the mean is fed back."""
         memory = None
         for lead in range(leads):
+            if lead:
+                given = self.advance(given, frames.state())
             frames, memory = self.distribution(given, lead, memory)
             yield frames
-            given = self.advance(given, frames.state())
 
     # -- acting ---------------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -30,9 +30,18 @@ from torch.nn import functional
 from core.config import ConfigError, Model
 
 ADAPTER = "adapter_config.json"  # what peft calls it
+KIND = "_class_name"  # in config.json, as diffusers has it
 
 
-class StepNet(nn.Module, PyTorchModelHubMixin):
+CARD = """---
+{{ card_data }}
+---
+
+One step of a forecast, saved by `core.policy.step_nets`; `load_step_net` and `from_pretrained` read it.
+"""
+
+
+class StepNet(nn.Module, PyTorchModelHubMixin, model_card_template=CARD):
     """One step, and how it is kept: config.json and model.safetensors, with LoRA the adapter beside the net without it.
 
     A subclass that has been imported is found again by `load_step_net`; its constructor takes plain values only.
@@ -51,7 +60,8 @@ class StepNet(nn.Module, PyTorchModelHubMixin):
 
         So `reference` is the net as it was loaded, whatever its adapter had learned before.
         """
-        net = cls.from_pretrained(folder)
+        net = cls(**{name: value for name, value in _config(folder).items() if name != KIND})
+        net.load_state_dict(load_file(folder / SAFETENSORS_SINGLE_FILE))
         if (folder / ADAPTER).exists():
             from peft import LoraConfig
 
@@ -64,6 +74,11 @@ class StepNet(nn.Module, PyTorchModelHubMixin):
             net.add_lora(settings)
         return net
 
+    def save_pretrained(self, save_directory: str | Path, **settings: Any) -> str | None:
+        return super().save_pretrained(
+            save_directory, config={KIND: type(self).__name__, **self._hub_mixin_config}, **settings
+        )
+
     def save(self, folder: Path) -> None:
         bare = self
         if self._adapted:
@@ -73,7 +88,7 @@ class StepNet(nn.Module, PyTorchModelHubMixin):
 
             bare = copy.deepcopy(self)  # a new net would draw random numbers, and saving must not change a run
             bare._unload(merge=False)
-        bare.save_pretrained(folder, config={"_class_name": type(self).__name__, **self._hub_mixin_config})
+        bare.save_pretrained(folder)
         if self._adapted:
             self.peft_config["default"].save_pretrained(folder)
             save_file(get_peft_model_state_dict(self), Path(folder) / adapter.FILE)
@@ -108,7 +123,8 @@ class StepNet(nn.Module, PyTorchModelHubMixin):
         from core.policy import adapter
 
         if settings.lora_targets == "all-linear":
-            linear = [name for name, layer in self.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+            # Exactly these: what inherits from them may be used in other ways than called.
+            linear = [name for name, layer in self.named_modules() if type(layer) in (nn.Linear, nn.Conv2d)]
             settings = replace(settings, lora_targets=",".join(linear))
         adapter.add(self, settings)
 
@@ -278,6 +294,10 @@ def _padded(x: Tensor, multiple: int) -> Tensor:
     return functional.pad(x, (0, columns, 0, rows), mode="replicate") if rows or columns else x
 
 
+def _config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / CONFIG_NAME).read_text())
+
+
 def load_step_net(settings: Model, path: str | Path, build: Callable[[Model], nn.Module]) -> nn.Module:
     """The net of `path`: "tiny" (built by `build`), or a folder that `StepNet.save` wrote; on the GPU if there is one.
 
@@ -288,10 +308,9 @@ def load_step_net(settings: Model, path: str | Path, build: Callable[[Model], nn
         if settings.lora_rank:
             net.add_lora(settings)
     else:
-        config = Path(path) / "config.json"
-        if not config.is_file():
-            raise ConfigError(f"MODEL={path} has no config.json; give the model folder of a run, or tiny")
-        kind = json.loads(config.read_text()).get("_class_name")
+        if not (Path(path) / CONFIG_NAME).is_file():
+            raise ConfigError(f"MODEL={path} has no {CONFIG_NAME}; give the model folder of a run, or tiny")
+        kind = _config(Path(path)).get(KIND)
         kinds = {net.__name__: net for net in StepNet.__subclasses__()}
         if kind not in kinds:
             raise ConfigError(f"MODEL={path} holds a {kind}; a forecast steps with one of {', '.join(sorted(kinds))}")

@@ -234,7 +234,7 @@ def _sample(run: RunFolder, sample: Mapping[str, Any]) -> dict[str, Any]:
 def _shown_groups(run: RunFolder) -> list[dict]:
     """Up to two best, most divided and worst groups of the last tenth of the steps, rollouts by reward.
 
-    Where completions were kept of some groups only (pictures), of these.
+    Where completions were kept of some rollouts only (pictures), of these groups, and these rollouts.
     """
     parts = len(list((run.path / "rollouts.parquet").glob("step-*.parquet")))
     table = run.read_rollouts(last=min(LATE_STEPS, max(1, math.ceil(parts / 10))))
@@ -243,6 +243,7 @@ def _shown_groups(run: RunFolder) -> list[dict]:
     members: dict[tuple, list[int]] = {}
     for i, key in enumerate(zip(table["step"].to_pylist(), table["prompt_id"].to_pylist(), strict=True)):
         members.setdefault(key, []).append(i)
+    kept = [True] * table.num_rows
     if "completion" in table.column_names and table["completion"].null_count < table.num_rows:
         kept = table["completion"].is_valid().to_pylist()
         members = {key: rows for key, rows in members.items() if any(kept[i] for i in rows)}
@@ -260,7 +261,8 @@ def _shown_groups(run: RunFolder) -> list[dict]:
         for key in list({key[1]: key for key in reversed(fresh)}.values())[::-1][:2]:
             used.add(key[1])
             rows = sorted(members[key], key=lambda i: -np.nan_to_num(rewards[i], nan=-math.inf))
-            rollouts = [_rollout(run, row) for row in table.take(rows[:SHOWN_ROLLOUTS]).to_pylist()]
+            first = [i for i in rows if kept[i]][:SHOWN_ROLLOUTS]
+            rollouts = [_rollout(run, row) for row in table.take(first).to_pylist()]
             shown.append(
                 {
                     "kind": kind,

@@ -1,4 +1,4 @@
-"""The descent of every supervised start: AdamW, a short warm-up, a cosine to 0, gradients clipped to norm 1."""
+"""The descent of the supervised starts of flows and forecasts: AdamW, a short warm-up, a cosine to 0, gradients clipped to 1."""
 
 from __future__ import annotations
 

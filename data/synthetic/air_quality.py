@@ -20,7 +20,8 @@ import yaml
 from .air_quality_files import PM, Fields, Format, gridded, save_stations
 from .air_quality_grid import REGIONS, Grid, lambert, lat_lon
 from .air_quality_stations import Network
-from .air_quality_world import ACTIVITY, BACKGROUND, DRIVERS, MEMORY_H, Climate, World, ar1, drivers, particles
+from .air_quality_weather import ACTIVITY, DRIVERS, MEMORY_H, Climate, ar1, drivers
+from .air_quality_world import BACKGROUND, Air, World, particles
 
 STEP_H = 6
 HISTORY = 2
@@ -29,7 +30,7 @@ SPIN_UP_H = 15 * 24
 BLOCK_H = 24  # hours taken at once; and BATCH forecasts at once: such that the arrays stay in the processor's cache
 BATCH = 12
 FRAMES = 240  # of a chunk of the archive
-SKILL_H = 240.0
+SKILL_H = 96.0  # of the weather forecast, see forecasts
 EMISSION = 615.0  # ug m-2 h-1 of primary particles at a hot spot's peak
 SPLITS = {
     "train": {"from": "2019-01-01T00", "to": "2021-12-26T18", "every_h": 6},
@@ -61,15 +62,18 @@ def write(
         raise ValueError(f"format={format!r} is not known; give zarr or netcdf")
     with _whole(folder) as partial:
         plane = lat_lon() if grid is None else lambert(*grid)
-        first, last = min(_hour(one["from"]) for one in splits.values()), max(_hour(one["to"]) for one in splits.values())
+        first, last = (
+            min(_hour(one["from"]) for one in splits.values()),
+            max(_hour(one["to"]) for one in splits.values()),
+        )
         inits = np.unique([hour for name, split in splits.items() if name != "train" for hour in _inits(split)])
-        climate, begin = Climate(plane), first - SPIN_UP_H
+        begin = first - SPIN_UP_H
         series = drivers(last + STEP_H - begin, np.random.default_rng([seed, 0]))
         truth, twin = worlds(plane, seed)
         network = Network(plane, stations, np.random.default_rng([seed, 2]))
         analysis, forcing = (Fields(partial / name, format, plane, FRAMES) for name in ("analysis", "forcing"))
         times, samples, starts = [], [], []
-        for now, weather, states in run(climate, (truth, twin), series, begin):
+        for now, weather, states in run(plane, (truth, twin), series, begin):
             starts += [states[hour - now[0], 1].copy() for hour in inits if hour in now]
             frames = np.flatnonzero((now % STEP_H == 0) & (now >= first))
             if len(frames):
@@ -86,7 +90,7 @@ def write(
         if len(inits):
             leads = (STEP_H * np.arange(1, LEADS + 1)).astype("timedelta64[h]")
             model = Fields(partial / "model", format, plane, 2 * BATCH, leads)
-            for some, values in forecasts(climate, twin, inits, np.stack(starts), series, begin, seed, skill_h):
+            for some, values in forecasts(plane, twin, inits, np.stack(starts), series, begin, seed, skill_h):
                 model.add(some, dict(zip(PM, particles(values), strict=True)))
             model.close()
         _save_ground(partial / "static.nc", plane, twin)
@@ -103,23 +107,24 @@ def worlds(grid: Grid, seed: int) -> tuple[World, World]:
     return World(emission), World(emission * error, (1.06, 0.97))
 
 
-def run(climate: Climate, chosen: tuple[World, ...], series: np.ndarray, begin: int) -> Iterator[tuple]:
+def run(grid: Grid, chosen: tuple[World, ...], series: np.ndarray, begin: int) -> Iterator[tuple]:
     """Blocks of (hours since 1970 (N,), their Weather, states (N, W, 4, P) of the tracers) from background air on.
 
     series (T, DRIVERS): from hour `begin` on, to the end of the run.
     """
-    state = np.tile(np.array(BACKGROUND, np.float32)[:, None], (len(chosen), 1, climate.inner.size))
+    climate, air = Climate(grid), Air(grid)
+    state = np.tile(np.array(BACKGROUND, np.float32)[:, None], (len(chosen), 1, grid.lat.size))
     for at in range(0, len(series), BLOCK_H):
         block = series[at : at + BLOCK_H]
         now = begin + at + np.arange(len(block))
         weather = climate.weather(now, block)
-        states = climate.hours(weather, now, block[:, ACTIVITY], chosen).run(state)
+        states = air.hours(weather, now, block[:, ACTIVITY], chosen).run(state)
         state = states[-1]
         yield now, weather, states[:-1]
 
 
 def forecasts(
-    climate: Climate,
+    grid: Grid,
     model: World,
     inits: np.ndarray,
     starts: np.ndarray,
@@ -135,6 +140,7 @@ def forecasts(
     realisation of the same process, r = exp(-lead / skill_h). The activity of emissions is the init's and fades to its
     mean as it is expected to. Nothing else that is valid after an init enters.
     """
+    climate, air = Climate(grid), Air(grid)
     lead = np.arange(LEADS * STEP_H)[:, None]
     skill = np.exp(-lead / skill_h)[:, :, None]
     for first in range(0, len(inits), BATCH):
@@ -148,7 +154,7 @@ def forecasts(
         for step in range(LEADS):
             part = slice(step * STEP_H, (step + 1) * STEP_H)
             now, flat = (some + lead[part]).reshape(-1), expected[part].reshape(-1, DRIVERS)
-            hours = climate.hours(climate.weather(now, flat), now, flat[:, ACTIVITY], (model,))
+            hours = air.hours(climate.weather(now, flat), now, flat[:, ACTIVITY], (model,))
             state = hours.regrouped(len(some)).run(state)[-1]
             values.append(state)
         yield some, np.stack(values, 1)

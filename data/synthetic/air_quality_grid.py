@@ -67,7 +67,7 @@ GOBI = (38.0, 45.0, 98.0, 113.0)  # south, north, west, east: where dust rises
 # south, north, west, east: land cells between them, first that holds
 REGIONS = {
     "Korea": (34.0, 40.0, 124.9, 130.0),
-    "Japan": (31.0, 41.3, 129.6, 143.0),
+    "Honshu": (33.5, 41.3, 130.6, 143.0),
     "Northeast China": (40.5, 50.0, 119.8, 131.0),
     "Beijing-Tianjin-Hebei": (37.0, 42.5, 113.5, 119.8),
     "Shandong": (34.5, 37.0, 115.0, 122.6),

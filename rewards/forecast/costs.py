@@ -115,8 +115,8 @@ def _looked_up(truth: Truth, forecasts: np.ndarray, variable: str, table: np.nda
     unobserved = np.full((1, table.shape[1]), np.nan)  # the last row, and so that of class -1
     table = np.concatenate([table, unobserved]).astype(np.float32)
     found = np.full(forecasts.shape, np.nan, dtype=np.float32)
-    place = truth.levels[:, one].astype(np.intp) % len(table) * table.shape[1]
-    found[:, :, one] = table.ravel()[place + truth.announced(forecasts, one)]
+    start = truth.levels[:, one].astype(np.intp) * table.shape[1]
+    found[:, :, one] = table.ravel()[start + truth.announced(forecasts, one)]
     return found
 
 

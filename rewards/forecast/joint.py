@@ -27,7 +27,7 @@ def counted(truth: Truth, cells: np.ndarray) -> np.ndarray:
     """float64 (..., R): how many cells of (..., Y, X) bool are True in each region."""
     inside = (regions(truth).ravel()[:, None] == np.arange(len(truth.window.region_names))).astype(np.float32)
     flat = cells.reshape(*cells.shape[:-2], cells.shape[-2] * cells.shape[-1]).astype(np.float32)
-    return (flat @ inside).astype(np.float64)  # a share of float32 counts is wrong: 7 of 10 would be less than 0.7
+    return (flat @ inside).astype(np.float64)  # in float32 7 of 10 would be less than 0.7
 
 
 def regional_alerts(truth: Truth, forecasts: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

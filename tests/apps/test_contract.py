@@ -19,14 +19,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core import app as apps
 from core import config as configs
-from core.app import Flow, Language
+from core.app import Flow, Forecast, Language
 from core.batch import Batch
 from core.policy.flow import FlowPolicy, load_net
+from core.policy.forecast import ForecastPolicy
+from core.policy.step_nets import load_step_net
 from core.run import media
 from core.run.evaluate import Judge
 from core.run.evaluation import run_evaluation
 from core.run.folder import RunFolder
 from core.run.progress import Progress
+from core.run.splits import Split
 from core.run.train import Setup, run_training
 
 SMALL = (
@@ -37,7 +40,11 @@ SMALL = (
 SMALLER = {
     Language: ("model.width=32", "model.layers=1", "rollout.max_completion_length=12", "optim.lr=0.01"),
     Flow: ("model.width=8", "model.layers=1", "rollout.eval_steps=2", "optim.lr=0.001"),
-}
+    Forecast: (
+        "model.width=8", "model.layers=1", "rollout.leads=2", "rollout.first_leads=2", "rollout.eval_leads=3",
+        "optim.lr=0.001",
+    ),
+}  # fmt: skip
 
 
 class Workplace:
@@ -45,7 +52,7 @@ class Workplace:
 
     def __init__(self, name: str, task: str | None, folder: Path):
         self.app, self.data = apps.find(name, task), folder / "data"
-        self.flow = isinstance(self.app.acts, Flow)
+        self.kind = type(self.app.acts)
         self.app.write_offline(self.data, 0)
         self.config = self.load(f"data.folder={self.data}")
         self.said = io.StringIO()
@@ -54,7 +61,14 @@ class Workplace:
         return apps.folder(self.app.name) / f"{self.app.variant + '-' if self.app.variant else ''}{name}.yaml"
 
     def load(self, *overrides: str):
-        return configs.load(self.app, self.file("tiny"), [*SMALL, *SMALLER[type(self.app.acts)], *overrides])
+        return configs.load(self.app, self.file("tiny"), [*SMALL, *SMALLER[self.kind], *overrides])
+
+    def rows(self) -> list[dict]:
+        """The first test rows, prepared."""
+        return apps.prepare(self.app, list(self.app.load(self.data)[self.config.data.test])[:16], self.config.task)
+
+    def row(self) -> dict:
+        return self.rows()[0]
 
     def train(self, folder: Path, config=None):
         config = config or self.config
@@ -64,9 +78,18 @@ class Workplace:
 
 
 CASES = [(name, task) for name in apps.names() for task in (None, *apps.find(name).variants)]
+FIRST = {type(apps.find(*case).acts): case for case in reversed(CASES)}.values()  # of each kind of policy
+ONE_OF_A_KIND = [pytest.param(case, marks=() if case in FIRST else pytest.mark.slow) for case in CASES]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(filter(None, case)))
+def said(case) -> str:
+    return "-".join(filter(None, case))
+
+
+one_of_a_kind = pytest.mark.parametrize("place", ONE_OF_A_KIND, indirect=True, ids=said, scope="module")
+
+
+@pytest.fixture(scope="module", params=CASES, ids=said)
 def place(request, tmp_path_factory):
     return Workplace(*request.param, tmp_path_factory.mktemp("place"))
 
@@ -113,8 +136,8 @@ def test_gold_and_canaries_score_as_declared(place):
             assert [finding for finding in findings if not finding.ok] == []
             aimed = [canary for canary in place.app.canaries if canary.component in judge.rewards.names]
             assert len(findings) == len(place.app.rewards) + len(place.app.metrics) + canaries * len(aimed)
-        nothing = (lambda row: 0 * place.app.gold(row)) if place.flow else (lambda row: "no answer")
-        broken = replace(place.app, gold=nothing)
+        wrong = {Language: lambda row: "no answer"}.get(place.kind, lambda row: np.zeros_like(place.app.gold(row)))
+        broken = replace(place.app, gold=wrong)
         findings = apps.self_check(broken, rows[:2], judge.rewards, judge.metrics, canary_rows=0)
         assert not all(finding.ok for finding in findings), "this check cannot fail"
 
@@ -131,12 +154,14 @@ def test_two_steps_leave_the_whole_run_folder(place, trained):
     assert json.loads((run / "summary.json").read_text()) == said
     assert set(summary) >= {
         "app", "task", "recipe", "seed", "config", "git", "metric", "better", "before", "after", "n", "n_clusters",
-        "unscored", "ci95", "baselines", "seconds", "peak_rss_mb",
+        "unscored", "ci95", "baselines", "best_baseline", "tables", "seconds", "peak_rss_mb",
     }  # fmt: skip
     assert set(summary["seconds"]) >= {"make", "warmup", "rl", "eval"}
     assert summary["n"] == 16
     assert summary["ci95"][0] <= summary["after"] - summary["before"] <= summary["ci95"][1]
-    assert set(summary["baselines"]) == set(place.app.baselines)
+    assert set(summary["baselines"]) == {*place.app.baselines, *place.app.learned}
+    assert summary["better"] == place.app.better(summary["metric"])
+    assert bool(summary["tables"]) == bool(place.app.verify)
     assert RunFolder(run).config == json.loads(json.dumps(place.config.as_dict()))
 
 
@@ -150,7 +175,7 @@ def test_metrics_and_rollouts_hold_every_step_and_component(place, trained):
     for name in place.app.rewards:
         assert {f"reward/{name}", f"reason/{name}"} <= set(rollouts)
     assert any(rollouts["advantage"])
-    if place.flow:  # pictures of the first group of each step
+    if place.kind is not Language:  # pictures of the first group of each step
         assert [bool(name) for name in rollouts["completion"]] == 2 * ([True] * 4 + [False] * 4)
         assert all((trained[0] / name).is_file() for name in rollouts["completion"] if name)
 
@@ -158,20 +183,23 @@ def test_metrics_and_rollouts_hold_every_step_and_component(place, trained):
 def test_the_report_is_one_page_without_scripts_from_elsewhere(place, trained):
     page = (trained[0] / "report.html").read_text()
     assert not re.search(r"<(?:script|link|img)[^>]+(?:src|href)=[\"']?(?:https?:)?//", page)
-    assert ("data:image/" in page) == place.flow
+    assert ("data:image/" in page) == (place.kind is not Language)
     assert len(page) < 5_000_000
 
 
 def test_the_model_loads_by_itself_and_has_moved(place, trained):
     run, summary = trained
-    if place.flow:
+    if place.kind is Flow:
         net = load_net(configs.Model(), run / "model", place.app.acts.build)
-        row = apps.prepare(place.app, list(place.app.load(place.data)[place.config.data.test])[:1], place.config.task)[
-            0
-        ]
-        made = FlowPolicy(net, place.config.rollout).generate([place.app.acts.condition(row)], [0], steps=2)[0]
+        made = FlowPolicy(net, place.config.rollout).generate([place.app.acts.condition(place.row())], [0], steps=2)[0]
         assert media.is_picture(made)
         assert np.isfinite(made).all()
+    elif place.kind is Forecast:
+        net, acts = load_step_net(configs.Model(), run / "model", place.app.acts.build), place.app.acts
+        policy = ForecastPolicy(net, place.config.rollout, acts.quantity(place.config.task))
+        made = policy.forecast([acts.condition(place.row())], 3)[0]
+        assert made.shape[:2] == (3, len(policy.quantity.variables))
+        assert np.isfinite(made["value"]).all()
     else:
         model, tokenizer = (kind.from_pretrained(run / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
         ids = tokenizer("one", return_tensors="pt")["input_ids"]
@@ -190,6 +218,7 @@ def test_the_same_command_again_says_that_the_run_is_finished(place, trained, mo
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
 
 
+@one_of_a_kind
 def test_the_same_seed_elsewhere_gives_the_same_bits(place, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     summary = place.train(Path("other"))
@@ -199,6 +228,7 @@ def test_the_same_seed_elsewhere_gives_the_same_bits(place, trained, tmp_path, m
     assert rollouts.equals(RunFolder(trained[0]).read_rollouts())
 
 
+@one_of_a_kind
 def test_an_interrupted_run_goes_on_to_the_same_bits(place, trained, tmp_path, monkeypatch):
     run, summary = trained
     monkeypatch.chdir(tmp_path)
@@ -222,7 +252,16 @@ def test_evaluation_of_the_run_gives_its_after_number_again(place, trained, monk
     assert report["metrics"][summary["metric"]]["mean"] == summary["after"]
     assert len(report["items"]) == summary["n"]
     after = json.loads((run / "eval.json").read_text())["items"]
-    if place.flow:
+    if place.kind is Forecast:
+        with Progress(0, "", quiet=True) as progress:
+            rows = Split(place.app, place.config, progress).test
+        assert [item["completion"] for item in after] == [f"samples/after.zarr/{row['id']}" for row in rows]
+        made, again = (
+            place.app.acts.read(run / "samples" / f"{name}.zarr", rows)
+            for name in ("after", f"eval-{place.config.data.test}")
+        )
+        assert all(a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in zip(made, again, strict=True))
+    elif place.kind is Flow:
         assert pictures(run, f"eval-{place.config.data.test}") == pictures(run, "after")
         assert {item["completion"] for item in after} == {f"samples/after/{name}" for name in pictures(run, "after")}
     else:

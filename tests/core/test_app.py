@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from core import app as apps
-from core.app import App, AppError, Language, prepare, self_check
+from core.app import App, AppError, Language, Quantity, prepare, self_check
 
 
 def good(completion):
@@ -156,6 +156,54 @@ def test_gold_must_reach_what_the_app_calls_best():
     assert findings[0].detail == "1 of 3 rows below 60; row r1: 59.000 wrong"
     half = self_check(toy(best={"good": 0.5}), ROWS, Judge(lambda text: 0.5), Judge(lambda text: 1.0))
     assert [f.ok for f in half] == [True, True]
+
+
+def test_of_a_metric_of_which_less_is_better_gold_must_not_score_more_than_its_best():
+    app, none = toy(lower=frozenset({"good"})), Judge(lambda text: 1.0)
+    assert (app.better("good"), toy().better("good")) == ("lower", "higher")
+    findings = self_check(app, ROWS, none, Judge(lambda text: 0.25 if text == "b" else 0.0))
+    assert [(f.what, f.ok) for f in findings] == [
+        ("gold scores 1 on reward good", True),
+        ("gold scores 0 on metric good", False),
+    ]
+    assert findings[1].detail == "1 of 3 rows above 0; row r1: 0.250 wrong"
+    assert self_check(app, ROWS, none, Judge(lambda text: -1.0))[1].ok
+    app = toy(lower=frozenset({"good"}), best={"good": 0.25})
+    assert self_check(app, ROWS, Judge(lambda text: 0.25), Judge(lambda text: 0.25))[1].ok
+
+
+def test_gold_is_made_and_judged_a_few_rows_at_a_time(monkeypatch):
+    monkeypatch.setattr(apps, "AT_ONCE", 2)
+    sizes, made = [], []
+
+    class Counting(Judge):
+        def score(self, completions, rows):
+            sizes.append(len(rows))
+            return super().score(completions, rows)
+
+    app = toy(gold=lambda row: made.append(row["id"]) or row["answer"])
+    fair = Counting(lambda text: 0.5 if text == "c" else 1.0)
+    findings = self_check(app, ROWS, fair, fair)
+    assert (sizes, made) == ([2, 2, 1, 1], ["r0", "r1", "r2"])
+    assert {finding.detail for finding in findings} == {"1 of 3 rows below 1; row r2: 0.500 wrong"}
+
+
+@pytest.mark.parametrize(
+    ("edges", "sentence"),
+    [
+        (((15.0, 35.0),), "2 variables have class edges"),
+        (((15.0, 35.0), (30.0,)), "2 variables have class edges"),
+        (((), ()), "2 variables have class edges"),
+        (((15.0, 15.0), (1.0, 2.0)), "of pm2p5 must ascend"),
+        (((1.0, 2.0), (0.0, 2.0)), "of pm10 must ascend, above 0 and below top=1000"),
+        (((1.0, 2.0), (1.0, 1000.0)), "of pm10 must ascend"),
+    ],
+)
+def test_class_edges_that_are_none_are_refused(edges, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Quantity(("pm2p5", "pm10"), edges)
+    with pytest.raises(ValueError, match="scale=0"):
+        Quantity(("pm2p5",), ((15.0,),), scale=0)
 
 
 def test_gold_may_be_an_array():

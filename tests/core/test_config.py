@@ -7,14 +7,17 @@ from typing import Literal
 import pytest
 from trl import GRPOConfig
 
-from core.app import Flow, Language
+from core.app import Flow, Forecast, Language
 from core.batch import Batch
 from core.config import (
     OWNED,
     Config,
     ConfigError,
+    Constraint,
     FlowRollout,
+    ForecastRollout,
     LanguageRollout,
+    changed,
     load,
     resolve,
     run_name,
@@ -35,6 +38,7 @@ APP = SimpleNamespace(
     variants={},
 )
 FLOW = SimpleNamespace(**vars(APP) | {"acts": Flow(prompt=str, condition=dict, build=len)})
+FORECAST = SimpleNamespace(**vars(APP) | {"acts": Forecast(*[str] * 8)})
 
 
 @pytest.fixture
@@ -190,6 +194,90 @@ def test_a_schedule_that_contradicts_itself_is_a_sentence(rollout, sentence):
 )
 def test_a_schedule_at_its_limits_is_taken(rollout):
     assert flow(**rollout).rollout == FlowRollout(**rollout)
+
+
+# -- forecasts
+
+
+def forecast(**rollout):
+    return resolve(FORECAST, {"rollout": rollout})
+
+
+def test_a_forecast_has_a_rollout_section_of_its_own():
+    assert type(forecast().rollout) is ForecastRollout
+    made = resolve(FORECAST, {"rollout": {"distribution": "gaussian"}, "optim": {"micro_steps": 2, "ema": 0.99}})
+    assert resolve(FORECAST, made.as_dict()) == made
+    grown = forecast(leads=8, first_leads=3, leads_every=20).rollout
+    assert (grown.leads, grown.first_leads) == (8, 3)
+    assert forecast(leads=2).rollout.leads == 2, "without a curriculum first_leads means nothing"
+
+
+@pytest.mark.parametrize(
+    ("raw", "sentence"),
+    [
+        ({"rollout": {"temperature": 1}}, "unknown key in section rollout 'temperature'"),
+        ({"rollout": {"distribution": "normal"}}, "unknown value of rollout.distribution: 'normal'"),
+        ({"rollout": {"bins": 1}}, "rollout.bins=1 is below its least value 2"),
+        ({"rollout": {"sigma": 0}}, "rollout.sigma=0.0 must be above 0"),
+        ({"rollout": {"rank": 0}}, "rollout.rank=0 is below its least value 1"),
+        ({"rollout": {"leads": 0}}, "rollout.leads=0 is below"),
+        ({"rollout": {"first_leads": 0}}, "rollout.first_leads=0 is below"),
+        ({"rollout": {"leads_every": -1}}, "rollout.leads_every=-1 is below"),
+        ({"rollout": {"eval_leads": 0}}, "rollout.eval_leads=0 is below"),
+        ({"rollout": {"first_leads": 5, "leads_every": 9}}, "rollout.first_leads=5 is above rollout.leads=4"),
+        ({"warmup": {"labels": "gold", "steps": 1, "straighten": 2}}, "warmup.straighten=2 is for flow policies"),
+    ],
+)
+def test_a_forecast_that_contradicts_itself_is_a_sentence(raw, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        resolve(FORECAST, raw)
+
+
+# -- validation and constraints
+
+
+def test_a_constraint_is_read_with_its_gains():
+    made = resolve(APP, {"rewards": {"constraints": {"found": {"metric": "recall", "at_least": 0.6, "cap": 2}}}})
+    assert made.rewards.constraints == {"found": Constraint("recall", at_least=0.6, kp=0.05, ki=0.01, cap=2.0)}
+    assert resolve(APP, made.as_dict()) == made
+
+
+@pytest.mark.parametrize(
+    ("constraint", "sentence"),
+    [
+        ({}, "at_least=None and at_most=None; give exactly one of them"),
+        ({"at_least": 0, "at_most": 1}, "at_least=0.0 and at_most=1.0; give exactly one of them"),
+        ({"at_most": 1, "kp": -1}, "kp=-1 and ki=0.01; both at least 0"),
+        ({"at_most": 1, "ki": -1}, "kp=0.05 and ki=-1; both at least 0"),
+        ({"at_most": 1, "kp": 0, "ki": 0}, "kp=0 and ki=0; both at least 0, and one above it"),
+        ({"at_most": 1, "cap": 0}, "rewards.constraints.found.cap=0 must be above 0"),
+        ({"at_mots": 1}, "unknown key in section rewards.constraints.found 'at_mots'; did you mean 'at_most'"),
+    ],
+)
+def test_a_constraint_without_sense_is_a_sentence(constraint, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        resolve(APP, {"rewards": {"constraints": {"found": {"metric": "recall", **constraint}}}})
+
+
+def test_constraints_need_evaluations_and_validation_a_split_of_its_own():
+    held = {"rewards": {"constraints": {"found": {"metric": "recall", "at_least": 0}}}}
+    with pytest.raises(ConfigError, match=r"evaluate\.every=0 makes none"):
+        resolve(APP, held | {"evaluate": {"every": 0}})
+    assert resolve(APP, {"data": {"validation": "held"}}).data.validation == "held"
+    for split in ("train", "dev"):
+        with pytest.raises(ConfigError, match=f"data.validation={split} is also data.train or data.test"):
+            resolve(APP, {"data": {"validation": split}})
+
+
+def test_a_changed_config_is_checked_like_any_other_and_leaves_the_first_as_it_was():
+    config = resolve(APP, {"task": {"words": 4}, "rewards": {"weights": {"a": 1}}})
+    other = changed(APP, config, task__words=5, rewards__weights__b=2, optim__lr=0.5)
+    assert (other.task.words, other.rewards.weights, other.optim.lr) == (5, {"a": 1.0, "b": 2.0}, 0.5)
+    assert (config.task.words, config.rewards.weights) == (4, {"a": 1.0})
+    with pytest.raises(ConfigError, match="did you mean 'words'"):
+        changed(APP, config, task__word=5)
+    with pytest.raises(ConfigError, match=r"optim\.lr=-1\.0 must be above 0"):
+        changed(APP, config, optim__lr=-1)
 
 
 @pytest.mark.parametrize(

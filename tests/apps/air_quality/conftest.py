@@ -83,13 +83,43 @@ def make_forecast(row, seed, skill=0.5, leads=None):
     centre *= rng.lognormal(0, skill, centre.shape)
     members = np.sort(centre[..., None] * rng.lognormal(0, skill, (*centre.shape, fields.MEMBERS)), axis=-1)
     made = np.empty(centre.shape, fields.dtype(edges.shape[1]))
-    made["value"], made["members"] = centre, members
+    made["value"], made["members"] = centre, np.minimum(members, 60_000)
     made["exceed"] = (members[..., None, :] >= edges[:, None, None, :, None]).mean(axis=-1)
     made["level"] = fields.levels(made["value"], edges)
     return made
 
 
+class FakeActor:
+    """Forecasts a row from a generator that the row seeds, with a bias; `asked` counts the rows."""
+
+    def __init__(self, skill, bias=1.0):
+        self.skill, self.bias, self.asked = skill, bias, 0
+
+    def complete(self, rows, places):
+        assert list(places) == list(range(len(rows)))
+        self.asked += len(rows)
+        return [self.forecast(row) for row in rows], [False] * len(rows)
+
+    def forecast(self, row):
+        seed = int(row["window"].init.astype("datetime64[h]").astype(int))
+        made = make_forecast(row, seed, self.skill)
+        made["value"] *= self.bias
+        return made
+
+
+class FakeRivals:
+    """With the fields of core.run.rivals.Rivals that baselines use; starts are known by the changes that make them."""
+
+    def __init__(self, train, validation, test):
+        self.train, self.validation, self.test = train, validation, test
+        self.start = FakeActor(0.5)
+        self.actors = {"gaussian": FakeActor(0.4, bias=0.7), "gaussian class": FakeActor(0.4, bias=2.0)}
+
+    def fit(self, rollout__distribution, task__weighting=""):
+        return self.actors[f"{rollout__distribution} {task__weighting}".strip()]
+
+
 @pytest.fixture
 def air():
     """Makers of rows and forecasts."""
-    return SimpleNamespace(rows=make_rows, forecast=make_forecast, Window=FakeWindow)
+    return SimpleNamespace(rows=make_rows, forecast=make_forecast, Rivals=FakeRivals)

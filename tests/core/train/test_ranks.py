@@ -32,7 +32,7 @@ def gradients(request, tmp_path_factory):
 
 def test_two_ranks_have_the_gradients_of_one_process_for_every_exact_reduction(gradients):
     one, two = gradients
-    assert len(one) in (29, 6)  # language, trajectories
+    assert len(one) in (30, 6)  # language, trajectories
     for case in one:
         largest = max(part.abs().max() for part in one[case].values())
         assert largest > 0
@@ -47,4 +47,5 @@ def test_the_recipes_differ_so_that_equality_means_something(gradients):
     first = {case: next(iter(parts.values())) for case, parts in one.items()}
     for i, a in enumerate(first):
         for b in list(first)[i + 1 :]:
-            assert not torch.allclose(first[a], first[b], rtol=1e-3, atol=0), f"{a} and {b}"
+            alike = first[a].shape == first[b].shape and torch.allclose(first[a], first[b], rtol=1e-3, atol=0)
+            assert not alike, f"{a} and {b}"

@@ -145,7 +145,7 @@ class Cells(TrajectoryModule):
         state = trajectory.state
         first, last, _ = steps.indices(trajectory.logps.shape[1])
         assert first % CELLS == last % CELLS == 0, "whole leads"
-        leads = slice(first // CELLS, last // CELLS)
+        leads = slice(first // trajectory.unit, last // trajectory.unit)
         log = self._logps(state["x"], torch.arange(leads.start, leads.stop))
         extras = {}
         if "reference" in state:

@@ -35,7 +35,7 @@ def test_a_region_is_on_alert_by_the_share_of_its_observed_cells(make, score):
     np.testing.assert_allclose(found[2], [1, 1, 1, 0.7, NAN, NAN], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("count", "share"), [(7, 0.7), (3, 0.3), (6, 0.6), (9, 0.9)])
+@pytest.mark.parametrize(("count", "share"), [(7, 0.7), (3, 0.3), (6, np.float64(0.6)), (7, np.float64(0.7))])
 def test_exactly_the_share_is_an_alert(make, score, count, share):
     truth = [60] * count + [10] * (10 - count)
     window = only_pm2p5(make, row(truth), places=[[1] * 10], region_names={1: "a"})

@@ -159,6 +159,10 @@ def test_gold_is_best_and_a_bad_completion_worst(windows, forecasts, score):
             assert np.isfinite(one.value)
             assert one.weight > 0
             assert abs(one.value - best) >= abs(middle.value - best) > 0
+    for metric in OTHERS:  # as many cases as if it had been good
+        right, bad = (score(metric, completions, windows) for completions in (gold, [None] * 3))
+        assert [s.weight for s in bad] == [s.weight for s in right]
+        assert len({s.weight for s in bad}) > 1
     assert {s.value for s in score(metrics.expected_cost, [None] * 3, windows)} == {1.0}
     assert {s.value for s in score(metrics.false_alarm_rate, [None] * 3, windows)} == {1.0}
     assert {s.value for s in score(metrics.probability_of_detection, [None] * 3, windows)} == {0.0}

@@ -173,17 +173,16 @@ class Task:
 
 
 def measures(confusion: np.ndarray, sums: np.ndarray, variable: int, task: Task) -> dict[str, np.ndarray]:
-    """{name: (...)} of one variable from pooled (..., V, K, K) counts and (..., V, K, 4) sums; the expected cost is of all.
+    """{name: (...)} of one variable from pooled (..., V, K, K) counts and (..., V, K, 4) sums; `expected cost` is of all.
 
     Mean error, RMSE and CRPS are in ug m-3; the rest has no unit.
     """
     one, total = confusion[..., variable, :, :], sums[..., variable, :, :].sum(-2)
-    cases = one.sum((-1, -2))
+    cost, cases = (confusion * task.costs).sum((-1, -2)), one.sum((-1, -2))
     event, top = alerts(one, task.alert), alerts(one, len(task.classes) - 1)
     return {
-        "expected cost": ratio(
-            (confusion * task.costs).sum((-1, -2)) @ task.weights, confusion.sum((-1, -2)) @ task.weights
-        ),
+        "expected cost": ratio(cost @ task.weights, confusion.sum((-1, -2)) @ task.weights),
+        "cost, this variable": ratio(cost[..., variable], cases),
         "false alarm rate": event.false_alarm_rate(),
         "false alarm ratio": event.false_alarm_ratio(),
         "POD": event.probability_of_detection(),

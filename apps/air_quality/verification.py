@@ -37,7 +37,10 @@ MAIN = (
     *("expected cost", "false alarm rate", "false alarm ratio", "POD", "CSI", "F1", "frequency bias", "RMSE", "CRPS"),
     "class accuracy",
 )
-FURTHER = ("POD, top class", "false alarm rate, top class", "mean error", "Brier score", "ROC area", "events", "cases")
+FURTHER = (
+    *("cost, this variable", "POD, top class", "false alarm rate, top class", "mean error", "Brier score", "ROC area"),
+    *("events", "cases"),
+)
 GROUPED = (*MAIN[:-1], "events", "cases")
 
 
@@ -121,7 +124,10 @@ def _breakdowns(rows: Sequence[Row], arms: Arms, shown: Mapping[str, str], task:
     seasons = {name: of_season(name) for name in dict.fromkeys(row["season"] for row in rows)}
     regions = {name: of_region(i) for i, name in enumerate(task.regions.values())}
     by_class = _class_table({called: arms[name] for name, called in shown.items()}, task)
-    return [table("lead", leads), table("season", seasons), table("region", regions), by_class]
+    by_group = [
+        table(name, groups) for name, groups in (("lead", leads), ("season", seasons), ("region", regions)) if groups
+    ]
+    return [*by_group, by_class]
 
 
 def _class_table(arms: Arms, task: Task) -> Table:

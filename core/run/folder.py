@@ -141,7 +141,7 @@ class RunFolder:
         return self.write_bytes(name, text.encode("utf-8", "replace"))
 
     def write_json(self, name: str, value: Any) -> Path:
-        return self.write_text(name, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        return self.write_text(name, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     @property
     def config(self) -> dict:
@@ -159,7 +159,7 @@ class RunFolder:
 
     def log_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl. Several lines may share a step (training and evaluation)."""
-        line = json.dumps({"step": int(step), **_plain(metrics)}, ensure_ascii=False, allow_nan=False)
+        line = json.dumps({"step": int(step), **plain(metrics)}, ensure_ascii=False, allow_nan=False)
         with (self.path / "metrics.jsonl").open("ab") as file:
             file.write(line.encode("utf-8", "replace") + b"\n")
 
@@ -196,7 +196,7 @@ class RunFolder:
             elif name in ("advantage", "keep", "reward") or name.startswith("reward/"):
                 arrays[name] = pa.array([math.nan if v is None else float(v) for v in values], pa.float64())
             else:
-                arrays[name] = pa.array(_plain(list(values)))
+                arrays[name] = pa.array(plain(list(values)))
         sink = pa.BufferOutputStream()
         pq.write_table(pa.table(arrays), sink, compression="zstd")
         return self.write_bytes(f"rollouts.parquet/step-{int(step):06d}.parquet", sink.getvalue().to_pybytes())
@@ -216,7 +216,7 @@ class RunFolder:
     def truncate_after(self, step: float) -> None:
         """Forget what was logged after `step` (and a line cut by a crash), so that a resumed run writes it once."""
         kept = [line for line in self.read_metrics() if line["step"] <= step]
-        text = "".join(json.dumps(_plain(line), ensure_ascii=False, allow_nan=False) + "\n" for line in kept)
+        text = "".join(json.dumps(plain(line), ensure_ascii=False, allow_nan=False) + "\n" for line in kept)
         self.write_text("metrics.jsonl", text)
         for at, part in self._parts():
             if at > step:
@@ -383,14 +383,14 @@ def _leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return [(prefix, value)]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Strict-JSON form: numpy and torch values become Python ones, paths text, NaN and infinities None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,6 +18,7 @@ from core.app import App, Completion, Row
 from core.config import Config, changed
 from core.run import evaluate as ev
 from core.run.actor import Actor
+from core.run.folder import plain
 from core.run.progress import Progress
 from core.run.splits import Split
 from core.run.start import NotMade, start
@@ -118,7 +119,9 @@ def verified(app: App, rows: Sequence[Row], arms: Mapping[str, Any]) -> dict[str
     """{"tables", "plots"} of the app's verification, as JSON can hold them; empty without one."""
     if app.verify is None:
         return {"tables": [], "plots": []}
-    return {
-        "tables": [asdict(table) for table in app.verify.tables(rows, arms)],
-        "plots": [asdict(plot) for plot in app.verify.plots(rows, arms)],
-    }
+    return plain(
+        {
+            "tables": [asdict(table) for table in app.verify.tables(rows, arms)],
+            "plots": [asdict(plot) for plot in app.verify.plots(rows, arms)],
+        }
+    )

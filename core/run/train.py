@@ -197,6 +197,9 @@ class Setup:
         weights = {name: weight for name, (weight, _) in self.composite.items()}
         progress.note(f"{self.app.name}: recipe {self.recipe.name}; {self.batch.line()}")
         progress.note("rewards: " + ", ".join(f"{weight:g} x {name}" for name, weight in weights.items()))
+        for name, held in self.config.rewards.constraints.items():
+            limit = f"at least {held.at_least:g}" if held.at_least is not None else f"at most {held.at_most:g}"
+            progress.note(f"constraint: the weight of {name} moves until {held.metric} is {limit}")
         chosen = self.config.objective["recipe"]
         names = [chosen] if isinstance(chosen, str) else list(chosen)
         for sentence in self.app.warnings(weights, self.app.outcome, names):

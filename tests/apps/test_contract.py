@@ -39,7 +39,7 @@ SMALL = (
 )  # fmt: skip
 SMALLER = {
     Language: ("model.width=32", "model.layers=1", "rollout.max_completion_length=12", "optim.lr=0.01"),
-    Flow: ("model.width=8", "model.layers=1", "rollout.eval_steps=2", "optim.lr=0.001"),
+    Flow: ("model.width=8", "model.layers=1", "rollout.eval_steps=2", "warmup.straighten=2", "optim.lr=0.001"),
     Forecast: (
         "model.width=8", "model.layers=1", "rollout.leads=2", "rollout.first_leads=2", "rollout.eval_leads=3",
         "optim.lr=0.001",

@@ -21,7 +21,9 @@ here = pytest.mark.skipif(importlib.util.find_spec("aurora") is None, reason="ne
 
 def tiny(stir=True, inputs=12, **settings):
     torch.manual_seed(0)
-    net = AuroraNet(**{"inputs": inputs, "variables": ["pm2p5", "pm10"], "lat": LAT, "lon": LON, "model": TINY} | settings)
+    net = AuroraNet(
+        **{"inputs": inputs, "variables": ["pm2p5", "pm10"], "lat": LAT, "lon": LON, "model": TINY} | settings
+    )
     if stir:
         with torch.no_grad():
             for name in ("pm2p5", "pm10"):
@@ -54,8 +56,23 @@ def test_aurora_is_given_each_channel_under_its_name_north_first():
     x = torch.randn(3, 12, Y, X)
     net.step(x)
     surface = seen[0].surf_vars
-    assert list(surface) == ["pm2p5", "pm10", "seen_pm2p5", "seen_pm10", "channel_0", "channel_1", "channel_2", "channel_3"]
-    for name, channels in {"pm2p5": (0, 2), "pm10": (1, 3), "seen_pm2p5": (4, 6), "seen_pm10": (5, 7), "channel_1": (9, 9)}.items():
+    assert list(surface) == [
+        "pm2p5",
+        "pm10",
+        "seen_pm2p5",
+        "seen_pm10",
+        "channel_0",
+        "channel_1",
+        "channel_2",
+        "channel_3",
+    ]
+    for name, channels in {
+        "pm2p5": (0, 2),
+        "pm10": (1, 3),
+        "seen_pm2p5": (4, 6),
+        "seen_pm10": (5, 7),
+        "channel_1": (9, 9),
+    }.items():
         assert torch.equal(surface[name], x[:, list(channels)].flip(2)), name
     assert seen[0].metadata.lat.tolist() == pytest.approx(LAT[::-1])
     assert len(seen[0].metadata.time) == 3

@@ -166,6 +166,28 @@ def test_value_is_drawn_where_there_is_some_and_peaks_at_the_base_rate(shown):
     assert np.nanmin(y) >= 0
 
 
+def test_an_archive_without_regions_has_no_table_of_them(shown):
+    rows, arms = shown
+    before = len(verification.tables(rows, arms))
+    for row in rows:
+        row["window"].region_names = {}
+    forecasts = [row["window"].model() for row in rows]
+    found = verification.tables(rows, {"model": counts.reduce(rows, forecasts)})
+    assert len(found) == before - 1
+    assert not any("region" in table.title for table in found)
+
+
+def test_the_pooled_cost_weighs_the_costs_of_the_variables(shown):
+    rows, arms = shown
+    pm2p5, pm10 = (
+        named(verification.tables(rows, arms), f"{name} bad or worse, every arm, further") for name in ("PM2.5", "PM10")
+    )
+    pooled = column(verification.tables(rows, arms)[0], "expected cost", ("after",))
+    cases = [column(table, "cases", ("after",)) * weight for table, weight in ((pm2p5, 1), (pm10, 0.3))]
+    costs = [column(table, "cost, this variable", ("after",)) for table in (pm2p5, pm10)]
+    assert pooled == pytest.approx(np.average(costs, weights=cases))
+
+
 def test_perfect_forecasts_cost_nothing_and_are_worth_all(air):
     rows = air.rows(20)
     gold = [np.nan_to_num(row["window"].observed(), nan=1.0) for row in rows]

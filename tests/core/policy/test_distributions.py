@@ -11,6 +11,7 @@ from core.app import Quantity
 from core.config import ConfigError, ForecastRollout
 from core.policy.distributions import (
     Categorical,
+    CategoricalFrames,
     Gaussian,
     LowRankGaussian,
     Scale,
@@ -195,6 +196,14 @@ def test_a_bin_that_is_certain_has_its_quantiles_inside():
     assert (at > torch.tensor([15.0, 30.0])).all()
     assert (at < torch.tensor([35.0, 80.0])).all()
     np.testing.assert_allclose(at[1], made.middle_value[:, 1], rtol=1e-5)
+
+
+def test_a_bin_that_is_impossible_has_no_quantile():
+    made = Categorical(EDGES, SCALE, 4)
+    halves = torch.tensor([0.5, 0.0, 0.0, 0.5]).log().view(1, 1, 4, 1, 1).expand(1, V, -1, 1, 1)
+    at = CategoricalFrames(halves, made).quantiles([0.25, 0.5, 0.51])[0, :, :, 0, 0]
+    assert at[:2].isfinite().all()
+    assert (at[2] > torch.tensor([75.0, 150.0])).all()
 
 
 @pytest.mark.parametrize("size", [1e4, 1e30])

@@ -636,12 +636,14 @@ def test_an_adapter_of_other_layers_is_refused(folder, tmp_path):
     with pytest.raises(ConfigError, match=message):
         net.restore(tmp_path)
     net = PipelineNet.load(folder("wan"), replace(LORA, lora_rank=3))
-    with pytest.raises(ConfigError, match="holds an adapter of another shape; check model.lora_rank"):
+    with pytest.raises(ConfigError, match=r"holds an adapter of another shape; check model.lora_rank"):
         net.restore(tmp_path)
 
 
 def test_a_name_that_no_layer_has_is_refused(folder):
-    with pytest.raises(ConfigError, match="model.lora_targets=to_q, to_kv: no layer is named 'to_kv'; correct it or use"):
+    with pytest.raises(
+        ConfigError, match=r"model.lora_targets=to_q, to_kv: no layer is named 'to_kv'; correct it or use"
+    ):
         PipelineNet.load(folder("wan"), replace(LORA, lora_targets="to_q, to_kv"))
 
 

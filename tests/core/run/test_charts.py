@@ -44,6 +44,17 @@ def test_long_series_is_thinned_and_smoothed():
     assert chart.note.startswith("mean of ")
 
 
+def test_a_chart_over_no_count_has_broken_ticks_and_is_not_smoothed():
+    x = np.linspace(0, 1, 60)
+    chart = line_chart("t", [Series("a", x, x)], x_label="rate", whole=False)
+    assert [label for _, label in chart.x_ticks] == ["0", "0.5", "1"]
+    assert (chart.x_label, chart.lines[0]["raw"], chart.note) == ("rate", "", "")
+    steps = line_chart("t", [Series("a", x, x)])
+    assert [label for _, label in steps.x_ticks] == ["0", "1"]
+    assert (steps.x_label, steps.lines[0]["raw"] != "") == ("step", True)
+    assert line_chart("t", [Series("a", x, x), Series("b", x, x)]).now == "", "of which line would it be?"
+
+
 def test_ticks_are_round_and_at_least_three():
     assert nice_ticks(0, 1) == [0, 0.5, 1]
     assert nice_ticks(0.08, 0.87) == [0.2, 0.4, 0.6, 0.8]

@@ -91,6 +91,9 @@ def hostile_run(folder, text) -> tuple[RunFolder, dict, dict]:
             )
     fields = dict.fromkeys(("app", "task", "recipe", "metric", "git"), text)
     numbers = {"before": 0.1, "after": 0.2, "ci95": [0.05, 0.15], "seed": 0, "n": 9, "baselines": {text: 0.1}}
+    numbers["best_baseline"] = {"name": text, "before": 0.2, "after": -0.1, "ci95": [-0.2, math.nan]}
+    table = {"title": text, "columns": [text, text], "rows": [[text, None], [text, 3]], "note": text}
+    plot = {"title": text, "lines": {text: [[0, 1], [None, 0.5]], "b": [[0, 1], [1, 2]]}, "x_label": text, "note": text}
     samples = [dict.fromkeys(("question", "gold", "before", "after"), text) | {"before_ok": False, "after_ok": True}]
     extra = {
         "table": [{"name": text, "before": 1, "after": 2, "change": 1, "lo": None, "hi": math.nan}],
@@ -99,8 +102,9 @@ def hostile_run(folder, text) -> tuple[RunFolder, dict, dict]:
         "batch": text,
         "command": text,
         "samples": samples * 500,
+        "plots": [plot | {"unit": False}],
     }
-    return run, fields | numbers, extra
+    return run, fields | numbers | {"tables": [table]}, extra
 
 
 @pytest.mark.parametrize("text", ATTACKS, ids=lambda text: ascii(text[:20]))
@@ -135,6 +139,35 @@ def test_result_table_shows_interval_baselines_and_clusters(tmp_path):
     assert 'class="good">+0.375' in path.read_text()
     worse = write_report(tmp_path, {**summary, "better": "lower"}, {}).read_text()
     assert 'class="bad">+0.375' in worse
+
+
+def test_the_best_baseline_stands_below_the_others_with_the_difference_and_its_verdict(tmp_path):
+    summary = {"metric": "cost", "better": "lower", "before": 0.4, "after": 0.3, "baselines": {"none": 0.35}}
+    best = {"name": "none", "value": 0.35, "before": 0.05, "after": -0.05, "ci95": [-0.07, -0.02]}
+    path = write_report(tmp_path, summary | {"best_baseline": best}, {})
+    text = " ".join(" ".join(parse(path).text).split())
+    assert "minus the best baseline, none +0.050 -0.050 [-0.070, -0.020]" in text
+    assert "cost ↓" in text
+    assert "↓ lower is better." in text
+    assert 'class="good">-0.050' in path.read_text()
+    worse = write_report(tmp_path, summary | {"best_baseline": best | {"ci95": [0.01, 0.02]}}, {}).read_text()
+    assert 'class="bad">-0.050' in worse
+    assert "minus the best baseline" not in write_report(tmp_path, summary | {"best_baseline": None}, {}).read_text()
+
+
+def test_a_verification_is_tables_and_charts_with_a_key(tmp_path):
+    table = {"title": "by lead", "columns": ["lead", "POD"], "rows": [["6 h", 0.5], ["12 h", None]], "note": "of all"}
+    lines = {f"arm {i}": [[0, 0.4, 1], [0, 0.5, 1]] for i in range(6)}
+    plot = {"title": "ROC", "lines": lines, "x_label": "false alarm rate", "note": "up is good", "unit": True}
+    path = write_report(tmp_path, {"tables": [table]}, {"plots": [plot]})
+    text = " ".join(" ".join(parse(path).text).split())
+    assert "by lead lead POD 6 h 0.500 12 h – of all" in text
+    assert "ROC" in text
+    assert "false alarm rate" in text
+    assert " ".join(lines) in text, "the key"
+    assert 'class="line c0 d1"' in path.read_text(), "a fifth line has the first one's colour and is dashed"
+    assert "up is good" in text
+    assert "Verification" not in write_report(tmp_path, {}, {}).read_text()
 
 
 def test_groups_are_the_best_the_most_divided_and_the_worst_of_the_last_steps(tmp_path):

@@ -1,0 +1,290 @@
+"""At equal costs, does any GRPO arm beat the best decision that is free? The study of apps/air_quality, in results/air_quality.json.
+
+    python -P benchmarks/air_quality_arms.py [--seeds 0 1 2 3 4]
+
+For each seed, a world of its own: the supervised starts of the offline config; what thresholds and Bayes decisions make of
+their forecasts, tuned on the validation year; and arms of GRPO from the same starts, which differ in credit (cell, field),
+scale (pooled, batch, group), distribution, and reward. Each is judged on the test year by the cost that it was trained for, against
+the best free decision *for that cost*, paired by week; and by its point above the ROC of the start's probabilities.
+
+Besides cells, two costs in which a pointwise threshold need not be optimal: alerts of whole regions, and the length of episodes.
+Their free rivals are thresholds tuned for that very cost, and for regions the mean probability over a region's cells.
+
+Arms that are done are kept in runs/, so a stopped call goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from apps.air_quality import baselines, counts
+from core import app as apps
+from core import config as configs
+from core.app import Completion, Row
+from core.config import Config
+from core.run import evaluate as ev
+from core.run.folder import RunFolder
+from core.run.progress import Progress
+from core.run.rivals import Rivals
+from core.run.splits import Split
+from core.run.start import start
+from core.run.stopping import StopRequest
+from core.run.train import Clock, Setup, reinforce
+from core.train.warmup import quiet
+from rewards.forecast import metrics
+from rewards.forecast.fields import exceedance
+from rewards.forecast.schemes import scheme_named
+
+sys.path.insert(0, str(Path(__file__).parent))  # started with -P
+
+STEPS = 120
+CELL = {"objective": {"recipe": "forecast_grpo"}}
+FIELD = {"objective": {"recipe": "grpo"}}
+# {cost: {arm: changes of the config}}
+ARMS = {
+    "expected_cost": {
+        "cell, pooled scale": CELL,
+        "cell, batch scale": {"objective": {"recipe": "forecast_grpo", "scale": "batch"}},
+        "cell, group scale": {"objective": {"recipe": "forecast_grpo", "scale": "group"}},
+        "field, batch scale": {"objective": {"recipe": "grpo", "scale": "batch"}},
+        "field, group scale": FIELD,
+        "Gaussian, cell, pooled scale": CELL | {"rollout.distribution": "gaussian"},
+        "shuffled advantages": CELL | {"run.control": "shuffled_advantages"},
+    },
+    "regional_cost": {
+        "regions, by cell": CELL | {"rewards.preset": "regional"},
+        "regions, field": FIELD | {"rewards.preset": "regional"},
+    },
+    "duration_error": {
+        "episodes, by cell": CELL | {"rewards.preset": "duration"},
+        "episodes, field": FIELD | {"rewards.preset": "duration"},
+    },
+}
+CHANCES = tuple(np.round(np.arange(0.08, 0.72, 0.04), 2))  # thresholds of a probability that are tried
+FACTORS = tuple(np.round(np.arange(0.6, 1.45, 0.05), 2))  # of class edges
+
+
+def main() -> None:
+    parse = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parse.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parse.add_argument("--only-run", action="store_true", help="write no results: other seeds run elsewhere")
+    options = parse.parse_args()
+    seeds = {seed: one_seed(seed) for seed in options.seeds}
+    if options.only_run:
+        return
+    study = {
+        "question": __doc__.splitlines()[0],
+        "steps": STEPS,
+        "command": "python -P benchmarks/air_quality_arms.py",
+        "arms": [summary(seeds, cost, name) for cost, arms in ARMS.items() for name in arms],
+        "free": {
+            cost: {
+                name: [mean(seed["free"][name][cost]) for seed in seeds.values()] for name in free_names(seeds, cost)
+            }
+            for cost in ARMS
+        },
+        "start": {cost: [mean(seed["free"]["the start itself"][cost]) for seed in seeds.values()] for cost in ARMS},
+        "seeds": list(seeds),
+    }
+    path = Path("results/air_quality.json")
+    results = json.loads(path.read_text()) if path.exists() else {"runs": [], "controls": {}, "studies": {}}
+    results["studies"]["grpo_against_free_decisions"] = study
+    RunFolder(path.parent).write_json(path.name, results)
+    for arm in study["arms"]:
+        print(
+            f"{arm['arm']:32} {arm['cost']:15} {arm['mean']:.4f} less best free {arm['difference']:+.5f} {arm['ci95']}"
+        )
+
+
+# -- one seed ---------------------------------------------------------------------------------------------------------------
+
+
+def one_seed(seed: int) -> dict:
+    """{"weeks", "free": {name: judged}, "arms": {name: judged}}, see `judge_forecasts`."""
+    app = apps.find("air_quality")
+    config = configs.load(app, apps.folder(app.name) / "tiny.yaml", run__seed=seed, optim__steps=STEPS)
+    place = Path("runs") / app.name / f"arms-s{seed}"
+    kept, found = place / "judged.json", {"free": {}, "arms": {}}
+    if kept.exists():
+        found = json.loads(kept.read_text())
+    names = [name for arms in ARMS.values() for name in arms]
+    if set(names) <= set(found["arms"]):
+        return found
+    with quiet(), StopRequest() as stop, Progress(config.optim.steps, place.name) as progress:
+        with ev.Judge(app, config, app.composite()) as judge:
+            data = Split(app, config, progress)
+            found["weeks"] = [row["week"] for row in data.test]
+            if not found["free"]:
+                rivals = Rivals(app, config, data, data.test, judge, progress)
+                found["roc"] = (
+                    counts.reduce(data.test, rivals.start.complete(data.test, range(len(data.test)))[0])
+                    .chances[:, 0]
+                    .tolist()
+                )
+                for name, completions in free(rivals):
+                    progress.note(f"free: {name}")
+                    found["free"][name] = judge_forecasts(data.test, completions)
+                RunFolder(place).write_json(kept.name, found)
+        for arms in ARMS.values():
+            for name, changes in arms.items():
+                if name not in found["arms"]:
+                    settings = {key.replace(".", "__"): value for key, value in changes.items() if "." in key}
+                    one = configs.changed(app, config, **settings)
+                    one = configs.dataclasses.replace(one, objective=changes["objective"])
+                    found["arms"][name] = one_arm(
+                        app, one, place / name.replace(", ", "-").replace(" ", "_"), progress, stop
+                    )
+                    RunFolder(place).write_json(kept.name, found)
+    return found
+
+
+def one_arm(app, config: Config, place: Path, progress: Progress, stop: StopRequest) -> dict:
+    """Trains one arm from its start, or goes on with it, and judges its forecasts of the test rows."""
+    progress.note(f"arm: {place.name}")
+    setup = Setup(app, config)
+    with RunFolder.open(place, config.as_dict()) as folder, ev.Judge(app, config, setup.composite) as judge:
+        data = Split(app, config, progress)
+        actor, _ = start(app, config, data, judge, progress)
+        trained, _ = reinforce(setup, data, data.train, folder, judge, progress, stop, Clock(folder), actor)
+    return judge_forecasts(data.test, trained.complete(data.test, range(len(data.test)))[0])
+
+
+def free(rivals: Rivals):
+    """(name, forecasts of the test rows) of every decision that needs no reinforcement."""
+    yield "the start itself", rivals.start.complete(rivals.test, range(len(rivals.test)))[0]
+    for name, baseline in {**rivals.app.baselines, **rivals.app.learned}.items():
+        yield name, baseline(rivals) if name in rivals.app.learned else baseline(rivals.train, rivals.test)
+    known = {"probability": rivals.start, "threshold": rivals.fit(**baselines.PLAIN)}
+    own = {name: actor.complete(rivals.validation, range(len(rivals.validation)))[0] for name, actor in known.items()}
+    there = {name: actor.complete(rivals.test, range(len(rivals.test)))[0] for name, actor in known.items()}
+    for cost in ("regional_cost", "duration_error"):
+        metric = getattr(metrics, cost)
+        ways = {
+            "probability": (baselines.at_probability, CHANCES, 1),
+            "probability in 4 stretches": (baselines.at_probability, CHANCES, 4),
+            "threshold": (baselines.scaled, FACTORS, 1),
+        }
+        if cost == "regional_cost":
+            ways["mean probability of the region"] = (by_region, CHANCES, 4)
+        for name, (decide, grid, stretches) in ways.items():
+            source = "threshold" if name == "threshold" else "probability"
+            tuned = baselines.tune_for(metric, rivals.validation, own[source], decide, grid, stretches, lower=True)
+            yield (
+                f"{name}, tuned for {cost}",
+                [decide(f, row, tuned) for f, row in zip(there[source], rivals.test, strict=True)],
+            )
+
+
+def by_region(forecast: np.ndarray, row: Row, chances: np.ndarray) -> np.ndarray:
+    """An alert in all cells of a region where their mean probability of one is at or above that of the lead, else in none."""
+    scheme, window = scheme_named(row["scheme"]), row["window"]
+    chance = exceedance(forecast, scheme.of(window.variables))[..., scheme.alert - 1].astype(np.float32)
+    seen = np.isfinite(window.history()[-1])  # every cell; which ones will report is not known
+    level, region = forecast["level"].copy(), window.region()
+    for number in window.region_names:
+        inside = (region == number) & (window.seen().max(axis=(0, 1)) > 0) & seen.any(axis=0)
+        if inside.any():
+            alert = chance[..., inside].mean(-1) >= chances[: len(forecast), None]
+            level[..., inside] = np.where(
+                alert[..., None],
+                np.maximum(level[..., inside], scheme.alert),
+                np.minimum(level[..., inside], scheme.alert - 1),
+            )
+    return baselines.with_levels(forecast, level)
+
+
+def judge_forecasts(rows: Sequence[Row], completions: Sequence[Completion]) -> dict:
+    """{cost: [[value, cases] of each row]}, and "alerts": [[TP, FP, FN, TN] of each row] of PM2.5."""
+    columns = {name: [row[name] for row in rows] for name in ("window", "scheme", "costs", "alert_share")}
+    judged = {}
+    for cost, needed in (
+        ("expected_cost", ("window", "scheme", "costs")),
+        ("regional_cost", ("window", "scheme", "costs", "alert_share")),
+        ("duration_error", ("window", "scheme")),
+    ):
+        scores = getattr(metrics, cost)(list(completions), **{name: columns[name] for name in needed})
+        judged[cost] = [
+            [float(score.value or 0.0), float(score.weight if score.value is not None else 0)] for score in scores
+        ]
+    table = counts.reduce(rows, completions).confusion[:, :, 0].sum(1)
+    found = counts.alerts(table, counts.Task.of(rows).alert)
+    judged["alerts"] = np.stack([found.tp, found.fp, found.fn, found.tn], axis=-1).tolist()
+    return judged
+
+
+# -- all seeds --------------------------------------------------------------------------------------------------------------
+
+
+def mean(values: Sequence[Sequence[float]]) -> float:
+    value, weight = np.array(values).T
+    return float(value @ weight / weight.sum())
+
+
+def free_names(seeds: Mapping[int, dict], cost: str) -> list[str]:
+    """Free decisions that count against an arm of this cost: all but the analysis model's, which had a weather forecast."""
+    every = next(iter(seeds.values()))["free"]
+    return [name for name in every if ", tuned for " not in name or name.endswith(cost)]
+
+
+def summary(seeds: Mapping[int, dict], cost: str, arm: str) -> dict:
+    """An arm over all seeds: its cost, less that of the best free decision, and its POD above the start's ROC.
+
+    difference: mean over seeds, ci95 by Student's t over them (each seed is a world and a start of its own). by_seed: each with
+    its interval by week. The best free decision is chosen on the test year, in its own favour.
+    """
+    by_seed = []
+    for seed, found in seeds.items():
+        own = found["arms"][arm]
+        rivals = [name for name in free_names(seeds, cost) if name not in NOT_RIVALS]
+        best = min(rivals, key=lambda name: mean(found["free"][name][cost]))
+        times = counts.draws(found["weeks"])
+        costs = [
+            times @ np.array(part).prod(1) / (times @ np.array(part)[:, 1])
+            for part in (own[cost], found["free"][best][cost])
+        ]
+        alerts = times @ np.array(own["alerts"])
+        rates = alerts[:, 1] / (alerts[:, 1] + alerts[:, 3]), alerts[:, 0] / (alerts[:, 0] + alerts[:, 2])
+        above = counts.above_roc(*rates, counts.pooled(times, np.array(found["roc"])))
+        by_seed.append(
+            {
+                "seed": seed,
+                "cost": float(costs[0][0]),
+                "best_free": best,
+                "best_free_cost": float(costs[1][0]),
+                **interval("difference", costs[0] - costs[1]),
+                "false_alarm_rate": float(rates[0][0]),
+                "pod": float(rates[1][0]),
+                **interval("pod_above_roc", above),
+            }
+        )
+    entry = {"arm": arm, "cost": cost, "mean": float(np.mean([one["cost"] for one in by_seed])), "by_seed": by_seed}
+    for key, name in (("difference", "ci95"), ("pod_above_roc", "pod_above_roc_ci95")):
+        values = [one[key] for one in by_seed]
+        entry[key] = float(np.mean(values))
+        half = student(len(values)) * np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        entry[name] = [entry[key] - half, entry[key] + half]
+    return entry
+
+
+NOT_RIVALS = ("the analysis model's forecast",)  # it had a weather forecast; shown, not counted as a decision
+
+
+def interval(name: str, values: np.ndarray) -> dict:
+    return {name: float(values[0]), f"{name}_ci95": [float(v) for v in np.nanpercentile(values[1:], [2.5, 97.5])]}
+
+
+def student(count: int) -> float:
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, count - 1))
+
+
+if __name__ == "__main__":
+    main()

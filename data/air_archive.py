@@ -54,7 +54,7 @@ class Archive:
         analysis, place = self._analysis()
         analysis = self._on_steps(analysis, place)
         self.times = analysis["time"].values.astype("datetime64[ns]")
-        self.analysis = self._frames(analysis, self.variables, place)
+        self.analysis = self._frames(analysis, self.variables, place, blocks=2)
         self._whole = analysis.get("available")
         self._open_observations()
         self._open_forcing()
@@ -252,9 +252,12 @@ class Archive:
         return ds.isel(time=slice(int(on_step[0]), None, every))
 
     def _frames(
-        self, ds: xr.Dataset, names: Sequence[str], place: str, lead: int = 0, optional: bool = False
+        self, ds: xr.Dataset, names: Sequence[str], place: str, lead: int = 0, optional: bool = False, blocks: int = 1
     ) -> Frames:
-        """Frames of the variables that are ours by these names. lead: how many leads a frame has, if it has any."""
+        """Frames of the variables that are ours by these names, in memory if there is room.
+
+        lead: how many leads a frame has, if it has any. blocks: how many blocks a window reads at once.
+        """
         found, factors = [], []
         for name in names:
             theirs = cf.find(ds, name, place, self.settings.names)
@@ -283,7 +286,7 @@ class Archive:
         shape = (*((lead,) if lead else ()), *self.lat.shape)
         frames = Frames(found, factors, self.settings.coarsen, shape, first, place)
         if frames.nbytes > self._room:
-            frames.through(self._cache)
+            frames.through(self._cache, blocks)
         else:
             self._room -= frames.nbytes
         return frames
@@ -308,7 +311,10 @@ class Archive:
             return
         if "station" not in ds.dims:
             ds = self._on_steps(ds, place, self.times[0])
-            self._maps, self._mapped = self._frames(ds, self.variables, place, optional=True), ds.get("available")
+            self._maps, self._mapped = (
+                self._frames(ds, self.variables, place, optional=True, blocks=2),
+                ds.get("available"),
+            )
             return
         lat, lon = cf.coordinates(ds, place)
         if lat is None:
@@ -363,7 +369,8 @@ class Archive:
         self.roles = {name: roles[name] for name in sorted(roles, key=_order)}
         if not roles:
             raise ValueError(f"{place} holds no forcing (time, y, x); it has {list(ds.data_vars)}")
-        self.forcing = self._frames(self._on_steps(ds, place, self.times[0]), list(self.roles), place)
+        ds, blocks = self._on_steps(ds, place, self.times[0]), 2 if "forecast" in roles.values() else 1
+        self.forcing = self._frames(ds, list(self.roles), place, blocks=blocks)
 
     def _open_model(self) -> None:
         self.model, self.model_inits = None, {}

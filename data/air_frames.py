@@ -28,19 +28,20 @@ class Cache:
     """Blocks by key, the least recently used dropped as soon as they are more than `limit` bytes together."""
 
     def __init__(self, limit: int):
-        self.limit, self.size = limit, 0
+        self.limit, self.size, self.needed = limit, 0, 0
         self._blocks: OrderedDict[Any, np.ndarray] = OrderedDict()
         self._lock = threading.RLock()
 
-    def get(self, key, make: Callable[[], np.ndarray]) -> np.ndarray:
+    def get(self, key, nbytes: int, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """The block of that key, of `nbytes`, made if it is not there."""
         with self._lock:  # one block is decoded at a time, so that threads together keep to the limit
             if key in self._blocks:
                 self._blocks.move_to_end(key)
                 return self._blocks[key]
-            block = self._blocks[key] = make()
-            self.size += block.nbytes
-            while self.size > self.limit and len(self._blocks) > 1:
+            while self._blocks and self.size + nbytes > self.limit:
                 self.size -= self._blocks.popitem(last=False)[1].nbytes
+            block = self._blocks[key] = make()
+            self.size += nbytes
             return block
 
 
@@ -78,9 +79,19 @@ class Frames:
         """In memory."""
         return 4 * self.length * int(np.prod(self.shape))
 
-    def through(self, cache: Cache) -> None:
-        """Reads blocks when they are asked for, instead of everything the first time."""
+    @property
+    def block_nbytes(self) -> int:
+        """Of the largest block, decoded and coarsened."""
+        return 4 * int(np.diff(self._edges).max()) * int(np.prod(self.shape))
+
+    def through(self, cache: Cache, blocks: int = 1) -> None:
+        """Reads blocks when they are asked for, instead of everything the first time.
+
+        blocks: how many a window may need at once. The cache grows if it cannot hold them: each would be decoded for each window.
+        """
         self._cache = cache
+        cache.needed += blocks * self.block_nbytes
+        cache.limit = max(cache.limit, cache.needed)
 
     def between(self, start: int, stop: int) -> np.ndarray:
         out = np.full((stop - start, *self.shape), np.nan, np.float32)
@@ -94,16 +105,21 @@ class Frames:
         while low < high:
             number = bisect_right(self._edges, low) - 1
             begin, end = self._edges[number : number + 2]
-            block = self._cache.get((id(self), number), lambda b=begin, e=end: self._read(b, e))
+            nbytes = 4 * (end - begin) * int(np.prod(self.shape))
+            block = self._cache.get((id(self), number), nbytes, lambda b=begin, e=end: self._read(b, e))
             until = min(end, high)
             out[low + offset : until + offset] = block[low - begin : until - begin]
             low = until
+            del block  # or it would be held while the next is decoded
         return out
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """(index of the first frame on the archive's axis, frames) over everything, in time order."""
         for begin, end in pairwise(self._edges):
-            yield begin + self.first, self.between(begin + self.first, end + self.first)
+            if self._cache is None:
+                yield begin + self.first, self.between(begin + self.first, end + self.first)
+            else:  # in passing: what a window needs stays in the cache
+                yield begin + self.first, self._read(begin, end)
 
     def _read_all(self) -> np.ndarray:
         whole = np.empty((self.length, *self.shape), np.float32)
@@ -114,10 +130,11 @@ class Frames:
     def _read(self, begin: int, end: int) -> np.ndarray:
         block = np.full((end - begin, *self.shape), np.nan, np.float32)
         for number, variable in enumerate(self._variables):
-            if variable is not None:  # one after the other: decoding takes several times a chunk's memory
-                # threads, whatever scheduler is the default: a window may be read inside a task of a cluster
-                values = variable.data[begin:end].compute(scheduler="threads").astype(np.float32, copy=False)
-                block[:, number] = cf.coarse(values, self._k) * self._factors[number]
+            if variable is not None:
+                # One chunk at a time and in this thread: decoding takes several times a chunk's memory, and a window may
+                # be read inside a task of a cluster, whose scheduler would be the default.
+                values = variable.data[begin:end].compute(scheduler="synchronous").astype(np.float32, copy=False)
+                np.multiply(cf.coarse(values, self._k), self._factors[number], out=block[:, number])
         return block
 
 

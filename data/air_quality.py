@@ -93,9 +93,12 @@ class Window:
     def ahead(self) -> np.ndarray:
         """(L, 7) float32, known of each valid time (UTC): sine and cosine of hour, day of the year and weekday; lead / 20."""
         steps = np.arange(1, self.leads + 1)
-        times = pd.DatetimeIndex(self.init + steps * np.timedelta64(self.step_h, "h"))
-        parts = [(times.hour / 24), ((times.dayofyear - 1 + times.hour / 24) / 365.25), (times.dayofweek / 7)]
-        waves = [wave(2 * np.pi * np.asarray(part)) for part in parts for wave in (np.sin, np.cos)]
+        times = self.init + steps * np.timedelta64(self.step_h, "h")
+        days = times.astype("datetime64[D]")
+        hour = (times - days) / np.timedelta64(24, "h")
+        day = (days - times.astype("datetime64[Y]").astype("datetime64[D]")).astype(int)
+        parts = [hour, (day + hour) / 365.25, (days.astype(int) + 3) % 7 / 7]  # 1970 began on a Thursday
+        waves = [wave(2 * np.pi * part) for part in parts for wave in (np.sin, np.cos)]
         return np.stack([*waves, steps / 20], axis=1).astype(np.float32)
 
     def maps_ahead(self, names: Sequence[str] | None = None) -> np.ndarray | None:
@@ -192,8 +195,8 @@ def load(folder: str | Path) -> dict[str, list[dict]]:
         if not len(inits):
             one = settings.splits[split]
             raise ValueError(
-                f"{archive.folder}: split {split}, {one.start} to {one.end}, has no window: {settings.history} whole analyses, then "
-                f"{settings.leads} leads of {settings.step_h} h with anything observed; widen it or fill the gaps"
+                f"{archive.folder}: split {split}, {one.start} to {one.end}, has no window: {settings.history} whole analyses and "
+                f"then {settings.leads} leads of {settings.step_h} h with anything observed; widen it or fill the gaps"
             )
         _check_forcing(archive, split, inits)
         rows[split] = _rows(archive, archive.times[inits])

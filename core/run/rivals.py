@@ -7,9 +7,8 @@ that; one arm's completions are gone before the next one's are made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,7 @@ class Rivals:
     judge: ev.Judge
     progress: Progress
     make: bool = True
-    _fits: dict[str, Actor] = field(default_factory=dict)
+    _shared: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def train(self) -> list[Row]:
@@ -48,19 +47,26 @@ class Rivals:
     def validation(self) -> list[Row]:
         return self.data.validation
 
-    @cached_property
+    def shared(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What several baselines need, made once; it is gone with the rivals."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    @property
     def start(self) -> Actor:
         """The policy that RL starts from, as it was before."""
-        return self._made(self.config, self.data)
+        return self.shared("start", lambda: self._made(self.config, self.data))
 
     def fit(self, **changes: Any) -> Actor:
         """Another supervised start: section__key=value, as in fit(rollout__distribution="gaussian"). The same one each time."""
-        key = repr(sorted(changes.items()))
-        if key not in self._fits:
+
+        def make() -> Actor:
             config = changed(self.app, self.config, **changes)
             data = Split(self.app, config, Progress(0, "", quiet=True))  # task options are columns of the rows
-            self._fits[key] = self._made(config, data)
-        return self._fits[key]
+            return self._made(config, data)
+
+        return self.shared(("fit", repr(sorted(changes.items()))), make)
 
     def _made(self, config: Config, data: Split) -> Actor:
         return start(self.app, config, data, self.judge, self.progress, self.make)[0]

@@ -20,10 +20,8 @@ from rewards.forecast.schemes import Scheme, named
 from rewards.forecast.truth import Truth, rewarded
 from rewards.score import Score, batched
 
-VARIABLE_WEIGHTS = {
-    "pm2p5": 1.0,
-    "pm10": 0.3,
-}  # of a case, where both are pooled; arXiv 2511.22169, read in the paper's code
+# Of a case, where both variables are pooled. Source: arXiv 2511.22169; read in the paper's code.
+VARIABLE_WEIGHTS = {"pm2p5": 1.0, "pm10": 0.3}
 
 Costs = str | Sequence[Sequence[float]]
 

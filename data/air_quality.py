@@ -195,8 +195,8 @@ def load(folder: str | Path) -> dict[str, list[dict]]:
         if not len(inits):
             one = settings.splits[split]
             raise ValueError(
-                f"{archive.folder}: split {split}, {one.start} to {one.end}, has no window: {settings.history} whole analyses and "
-                f"then {settings.leads} leads of {settings.step_h} h with anything observed; widen it or fill the gaps"
+                f"{archive.folder}: split {split}, {one.start} to {one.end}, has no window of {settings.history} whole analyses "
+                f"and {settings.leads} leads of {settings.step_h} h with anything observed; widen it, or fill gaps"
             )
         _check_forcing(archive, split, inits)
         rows[split] = _rows(archive, archive.times[inits])

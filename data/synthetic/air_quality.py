@@ -27,8 +27,10 @@ STEP_H = 6
 HISTORY = 2
 LEADS = 20
 SPIN_UP_H = 15 * 24
-BLOCK_H = 24  # hours taken at once; and BATCH forecasts at once: such that the arrays stay in the processor's cache
-BATCH = 12
+BLOCK_H, BATCH = (
+    24,
+    12,
+)  # hours of the run and forecasts taken at once, so that the arrays stay in the processor's cache
 FRAMES = 240  # of a chunk of the archive
 SKILL_H = 96.0  # of the weather forecast, see forecasts
 EMISSION = 615.0  # ug m-2 h-1 of primary particles at a hot spot's peak
@@ -62,10 +64,8 @@ def write(
         raise ValueError(f"format={format!r} is not known; give zarr or netcdf")
     with _whole(folder) as partial:
         plane = lat_lon() if grid is None else lambert(*grid)
-        first, last = (
-            min(_hour(one["from"]) for one in splits.values()),
-            max(_hour(one["to"]) for one in splits.values()),
-        )
+        first = min(_hour(split["from"]) for split in splits.values())
+        last = max(_hour(split["to"]) for split in splits.values())
         inits = np.unique([hour for name, split in splits.items() if name != "train" for hour in _inits(split)])
         begin = first - SPIN_UP_H
         series = drivers(last + STEP_H - begin, np.random.default_rng([seed, 0]))
@@ -145,10 +145,9 @@ def forecasts(
     skill = np.exp(-lead / skill_h)[:, :, None]
     for first in range(0, len(inits), BATCH):
         some = inits[first : first + BATCH]
-        # a stream of its own for each init, so that a forecast does not depend on which others are made
+        # each init has a stream of its own, whichever others are made beside it
         noise = [np.random.default_rng([seed, 4, hour]).standard_normal((len(lead), DRIVERS)) for hour in some]
-        at = np.minimum(some - begin + lead, len(series) - 1)
-        expected = skill * series[at] + np.sqrt(1 - skill**2) * ar1(np.stack(noise, 1))
+        expected = skill * series[some - begin + lead] + np.sqrt(1 - skill**2) * ar1(np.stack(noise, 1))
         expected[:, :, ACTIVITY] = series[some - begin, ACTIVITY] * np.exp(-lead / MEMORY_H[ACTIVITY])
         state, values = starts[first : first + BATCH], []
         for step in range(LEADS):

@@ -100,9 +100,7 @@ class Air:
         self.columns = grid.lat.shape[1]
         wide, depth = np.broadcast_to(grid.width, grid.lat.shape), np.full(grid.lat.shape, grid.depth)
         northern = np.vstack([(wide[:-1] + wide[1:]) / 2, wide[-1:]])
-        gain = (HOUR_S * grid.inner / grid.area).reshape(
-            -1
-        )  # from what passes a metre of a cell's edge; the ring gains nothing
+        gain = (HOUR_S * grid.inner / grid.area).reshape(-1)  # per metre of a cell's edge; the ring gains nothing
         self.kept, self.faces = np.ones(grid.lat.size), []
         for length, apart, step in ((depth, wide, 1), (northern, depth, self.columns)):
             shares = [length.reshape(-1) * np.roll(gain, -shift) for shift in (0, step)]  # of a cell and its neighbour

@@ -22,6 +22,7 @@ class FakeWindow:
         size = (leads, 2, *shape)
         self._analysis = rng.gamma(2.0, 15.0, size).astype(np.float32) * np.float32([1, 2])[:, None, None]
         place = np.random.default_rng(5).random(shape) < stations
+        place[0, 0] = stations > 0  # in no region
         self._observed = np.where(place & (rng.random(size) > 0.1), self._analysis * 1.1, np.nan).astype(np.float32)
         self._history = rng.gamma(2.0, 15.0, (2, 2, *shape)).astype(np.float32)
         self._model = (self._analysis * rng.lognormal(0, 0.3, size)).astype(np.float32)

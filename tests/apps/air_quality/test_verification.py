@@ -110,6 +110,8 @@ def test_leads_seasons_regions_and_classes_share_out_the_cases(shown):
         "class": sum(column(by_class, "cases", (name, "after")) for name in SCHEMES["korea"].classes),
     }
     assert set(of.values()) == {cases}
+    cold = [i for i, row in enumerate(rows) if row["month"] <= 2]
+    assert column(by_season, "cases", ("DJF", "after")) == arms["after"].confusion[cold][:, :, 0].sum()
     outside = arms["after"].confusion[:, :, 0].sum() - arms["after"].regional[:, :, 0].sum()
     assert sum(column(by_region, "cases", (name, "after")) for name in ("north", "south")) == cases - outside
     assert column(by_region, "POD", ("sea", "after")) is None

@@ -180,6 +180,15 @@ def test_a_group_is_as_many_separate_runs_of_its_condition(distribution):
     assert made.logps.shape == (4, 3 * size)
 
 
+@pytest.mark.parametrize("net", NETS)
+def test_evaluations_and_starts_take_the_path_of_rollouts(net):
+    acting = policy(net)
+    made = acting.rollout(GIVEN, 2, SEEDS)
+    with torch.no_grad():
+        path = torch.stack([frames.state() for frames in acting.unroll(acting.encode(GIVEN), 3)], dim=1)
+    torch.testing.assert_close(made.state["frames"][::2, H:], path[:, :2], atol=1e-5, rtol=1e-5)
+
+
 def test_fed_back_the_sample_every_rollout_goes_its_own_way():
     acting = policy(feedback="sample")
     made = acting.rollout(GIVEN[:1], 4, [7])

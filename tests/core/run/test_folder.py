@@ -77,6 +77,38 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert run.finished
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_writer_makes_replaces_the_old_whole_or_not_at_all(tmp_path, kind):
+    run, seen = RunFolder(tmp_path), []
+
+    def make(text, broken=False):
+        def write(path):
+            seen.append(path.suffix)
+            if kind == "folder":
+                path.mkdir()
+                path = path / "part"
+            path.write_text(text)
+            if broken:
+                raise RuntimeError("the disk broke")
+
+        return write
+
+    def text():
+        found = tmp_path / "samples/a.zarr"
+        return (found / "part" if kind == "folder" else found).read_text()
+
+    (tmp_path / "samples/.a.zarr").mkdir(parents=True)  # left by a process that was killed
+    (tmp_path / "samples/.a.zarr/half").write_text("")
+    assert run.write_made("samples/a.zarr", make("old")) == tmp_path / "samples/a.zarr"
+    with pytest.raises(RuntimeError, match="the disk broke"):
+        run.write_made("samples/a.zarr", make("new", broken=True))
+    assert text() == "old"
+    run.write_made("samples/a.zarr", make("new"))
+    assert text() == "new"
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["a.zarr"]
+    assert set(seen) == {".zarr"}, "writers choose the format by the ending"
+
+
 def test_json_is_strict_and_takes_numpy_values(tmp_path):
     run = RunFolder(tmp_path)
     path = run.write_json("x.json", {"a": np.float32(1.5), "b": [math.nan, math.inf], "c": np.arange(2), "d": tmp_path})

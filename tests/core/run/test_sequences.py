@@ -43,5 +43,5 @@ def test_a_spool_gives_back_the_bits_dtype_and_shape_of_what_it_was_given():
 def test_a_spool_can_grow_while_it_is_read_and_its_items_are_copies():
     spool = Spool([np.zeros(2)])
     spool[0][:] = 5
-    spool.extend(np.full(2, i) for i in (1, spool[0][0]))
-    assert [array.tolist() for array in spool] == [[0, 0], [1, 1], [0, 0]]
+    spool.extend(spool[0] + i for i in (1.0, 2.0))
+    assert [array.tolist() for array in spool] == [[0, 0], [1, 1], [2, 2]]

@@ -123,21 +123,22 @@ def test_no_gradient_flows_through_time_but_it_does_through_memory():
         _, memory = acting.distribution(given, 0)
         memory = None if memory is None else tuple(part.detach() for part in memory)
         alone, _ = acting.distribution(acting.advance(given, first.state()), 1, memory)
+        torch.testing.assert_close(alone.centre, second.centre)
         alone.centre.sum().backward()
         same = all(torch.equal(a, p.grad) for a, p in zip(through, acting.net.parameters(), strict=True))
         assert same != flows
 
 
-def test_cells_without_weight_have_no_say():
+@pytest.mark.parametrize("distribution", ["categorical", "gaussian"])
+def test_cells_without_weight_have_no_say(distribution):
     changed = [label.copy() for label in LABELS]
     weights = [np.ones_like(label) for label in LABELS]
     for label, weight in zip(changed, weights, strict=True):
         label[:, :, :3], weight[:, :, :3] = np.nan, 0
-    one, other = policy(width=8), policy(width=8)
+    one, other, third = (policy(distribution=distribution, width=8) for _ in range(3))
     start(one, importance=weights, steps=3, leads=(2,))
     start(other, labels=changed, importance=weights, steps=3, leads=(2,))
     assert all(torch.equal(a, b) for a, b in zip(one.net.parameters(), other.net.parameters(), strict=True))
-    third = policy(width=8)
     start(third, importance=[7 * weight for weight in weights], steps=3, leads=(2,))
     for a, b in zip(one.net.parameters(), third.net.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg="only relative weights count")

@@ -335,7 +335,7 @@ def correlation(x, y):
 def test_concentrations_of_two_years_are_near_the_target(years):
     """Targets of the design note: PM2.5 mean 23.5, 19.5 % >= 35, 5.0 % >= 75; PM10 9.2 % >= 80, 2.4 % >= 150.
 
-    Five years of three seeds gave 22.9, 19 %, 5.2 %, 8.1 %, 2.2 % on average; single years 20 to 27.
+    Five years of each of three seeds gave 23.3, 19.5 %, 5.4 %, 8.3 % and 2.3 %; single years have means of 20 to 27.
     """
     _, reports, _ = years
     fine, coarse = (values[np.isfinite(values)] for values in reports.values())
@@ -357,14 +357,14 @@ def test_winter_is_foul_and_summer_clean(years):
 
 @pytest.mark.parametrize(("hours", "target", "within"), [(6, 0.92, 0.03), (24, 0.61, 0.08), (48, 0.40, 0.08)])
 def test_persistence_decays_as_targeted(years, hours, target, within):
-    """Mean over stations of the correlation in time; at 120 h the target of .21 is not met: the season alone gives .3."""
+    """Mean over stations of the correlation in time; at 120 h the target of .21 is not met (.32, seasonal)."""
     fine, steps = years[1]["pm2p5"], hours // 6
     found = np.mean([correlation(series[:-steps], series[steps:]) for series in fine.T])
     assert found == pytest.approx(target, abs=within)
 
 
 def test_the_analysis_errs_as_a_model_does(years):
-    """Target: r .97. (An RMSE of 12.3 beside it belongs to a world of heavier tails; here it is 7 to 10.)"""
+    """Target: r .97. (An RMSE of 12.3 beside it belongs to a world of heavier tails; here it is 7 to 9.)"""
     _, reports, analysis = years
     fine, coarse = ((analysis[name], reports[name]) for name in ("pm2p5", "pm10"))
     assert correlation(*fine) == pytest.approx(0.97, abs=0.012)

@@ -370,8 +370,8 @@ def self_check(app: App, rows: Rows, scorer, metrics_scorer, canary_rows: int = 
             continue
         k = scorer.names.index(canary.component)
         scores = scorer.score([canary.completion(row) for row in sample], sample)
-        values = scores.values[:, k]
-        bad = [v for v in values if not (canary.at_least <= v <= canary.at_most)]
+        values = [v for v, failed in zip(scores.values[:, k], scores.failed, strict=True) if v == v or failed]
+        bad = [v for v in values if not (canary.at_least <= v <= canary.at_most)]  # where it applies
         got = f"{min(values, default=0):.2f}..{max(values, default=0):.2f}"
         detail = f"{canary.component} {got}, allowed {canary.at_least:g}..{canary.at_most:g}"
         findings.append(Finding(f"canary {canary.name}", not bad, detail))

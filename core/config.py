@@ -30,6 +30,7 @@ class Model:
     path: str = "tiny"  # "tiny", a folder, or a hub id
     width: int = 128  # the tiny model's hidden size; the rest of its shape follows
     layers: int = 4
+    net: Literal["unet", "convlstm", "vit"] = "unet"  # of a forecast; see core/policy/step_nets.py
     heads: int = 4
     vocabulary: int = 1024
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -107,16 +108,13 @@ class ForecastRollout(Rollout):
     bins: int = 20  # of the categorical, log-spaced, the class edges among their edges
     sigma: float = 0.2  # of the gaussians, in s = log(1 + x / scale)
     rank: int = 8  # of low_rank: smooth fields of noise beside the white one
+    start_leads: int = 4  # of the supervised start: over 1, 2, 4, ... up to so many
     leads: int = 4  # of a rollout, at the end of the curriculum
     first_leads: int = 4  # at its beginning
     leads_every: int = 0  # generation batches before one lead more; 0: `leads` from the beginning
     eval_leads: int = 20
-    feedback: Literal["mean", "sample"] = (
-        "mean"  # what the next lead starts from; an evaluation always feeds back the mean
-    )
-    decide: Literal["class", "mean"] = (
-        "class"  # what an evaluation announces: the most likely class, or that of the mean
-    )
+    feedback: Literal["mean", "sample"] = "mean"  # what the next lead starts from; in evaluations always the mean
+    decide: Literal["class", "mean"] = "class"  # what an evaluation announces: the likeliest class, or that of the mean
 
 
 # By what an app's `acts` is.
@@ -127,7 +125,7 @@ ROLLOUTS: dict[type, type[Rollout]] = {Language: LanguageRollout, Flow: FlowRoll
 class Constraint:
     """The weight of a reward component follows a PI controller, so that a metric on the validation rows keeps to a limit.
 
-    at_least, at_most: the limit, exactly one of them. kp, ki: gains of the controller. cap: the greatest weight.
+    at_least, at_most: the limit, exactly one of them. kp, ki: gains of the controller. cap: the most that is added to the configured weight.
     """
 
     metric: str
@@ -382,8 +380,8 @@ def _check(config: Config) -> None:
         "rollout.max_completion_length": 1, "rollout.top_k": 0, "rollout.steps_per_batch": 1, "rollout.iterations": 1,
         "rollout.steps": 1, "rollout.eval_steps": 1, "rollout.window_size": 0, "rollout.window_every": 1,
         "rollout.shortcut": 0, "rollout.guidance": 0,
-        "rollout.bins": 2, "rollout.rank": 1, "rollout.leads": 1, "rollout.first_leads": 1, "rollout.leads_every": 0,
-        "rollout.eval_leads": 1,
+        "rollout.bins": 2, "rollout.rank": 1, "rollout.start_leads": 1, "rollout.leads": 1, "rollout.first_leads": 1,
+        "rollout.leads_every": 0, "rollout.eval_leads": 1,
         "rewards.workers": 1, "rewards.memory_mb": 1, "rewards.max_concurrent": 1, "rewards.cache_mb": 0,
         "optim.steps": 0, "optim.warmup_steps": 0, "optim.micro_steps": 1, "optim.ema": 0,
         "optim.max_grad_norm": 0, "optim.weight_decay": 0,

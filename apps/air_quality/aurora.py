@@ -1,9 +1,10 @@
-"""Aurora (Bodnar et al. 2024, arXiv 2405.13063; package microsoft-aurora, tested with 2.0.1) as the step net of a forecast policy.
+"""Aurora (Bodnar et al. 2024, arXiv 2405.13063; package microsoft-aurora, tested with 2.0.1) as a forecast policy's step net.
 
 The regional, surface-only form of arXiv 2511.22169: every channel of the policy is a surface variable, the frames in s, and what
 Aurora says of the frames' variables is added to the last frame, so that an untrained one is persistence. The released class
 wants what a step does not have: it gets a static variable and an atmospheric one that are constant, and the time of day and
-year comes in the channels of `ahead`. Nothing is downloaded; `model.load_checkpoint_local(path, strict=False)` takes over what fits.
+year comes in the channels of `ahead`. Nothing is downloaded; `net.model.load_checkpoint_local(path, strict=False)` takes over
+what fits.
 
 It is meant for rollout.distribution=gaussian, whose mean nothing bounds above the highest class edge. The dense anchor that
 holds it is the closed-form KL to the reference, beta (mean - its mean)^2 / (2 sigma^2) per decision: set objective.beta above
@@ -27,14 +28,15 @@ from core.policy.step_nets import StepNet
 CONSTANT = "constant"
 WIND, LEVEL = "u", 1000  # an atmospheric variable whose mean is about 0
 ANY_TIME = datetime(2000, 1, 1)
-SMALL = {"patch_size": 2, "window_size": (1, 8, 3), "latent_levels": 2, "use_lora": False}  # as arXiv 2511.22169, in its code
+# As in the code of arXiv 2511.22169, for 128 x 174 cells.
+REGIONAL = {"patch_size": 2, "window_size": (1, 8, 3), "latent_levels": 2, "use_lora": False}
 
 
 class AuroraNet(StepNet):
-    """variables: of the frames. lat, lon: lists, of the rows and columns or (Y, X); row 0 is the southernmost, degrees north and east.
+    """variables: of the frames. lat, lon: lists, of the rows and columns or (Y, X), degrees; row 0 is the southernmost.
 
     inputs: channels of the policy, of which the first 2 * history * len(variables) are frames and where they were seen.
-    model: arguments of aurora.Aurora beside `SMALL`; embed_dim and depths decide the size, 1.3 billion parameters by default.
+    model: arguments of aurora.Aurora beside `REGIONAL`; embed_dim and depths decide the size, 1.3 billion parameters by default.
     On several GPUs set trainer.ddp_find_unused_parameters=true: the atmospheric part of the decoder has nothing to say.
 
     Raises ConfigError if microsoft-aurora is not installed, for a map that does not divide into patches, and for positions
@@ -56,9 +58,11 @@ class AuroraNet(StepNet):
         except ImportError as error:
             raise ConfigError("AuroraNet needs the package microsoft-aurora; pip install microsoft-aurora") from error
         if not (isinstance(lat, list) and isinstance(lon, list)):
-            raise ConfigError(f"lat and lon are {type(lat).__name__} and {type(lon).__name__}; give lists (.tolist()), which are saved")
-        sizes = SMALL | (model or {})
-        self.variables, self.history, self.batch, self.metadata = list(variables), history, Batch, Metadata
+            raise ConfigError(
+                f"lat and lon are {type(lat).__name__} and {type(lon).__name__}; give lists (.tolist()), which are saved"
+            )
+        sizes = REGIONAL | (model or {})
+        self.variables, self.history, self._batch, self._metadata = list(variables), history, Batch, Metadata
         self.lat, self.lon = torch.tensor(lat).flip(0), torch.tensor(lon)  # Aurora's first row is the northernmost
         if self.lon.dim() == 2:
             self.lon = self.lon.flip(0)
@@ -75,7 +79,7 @@ class AuroraNet(StepNet):
                 static_vars=(CONSTANT,),
                 atmos_vars=(WIND,),
                 max_history_size=history,
-                surf_stats={name: (0.0, 1.0) for name in (*self.names, CONSTANT)},
+                surf_stats=dict.fromkeys([*self.names, CONSTANT], (0.0, 1.0)),
                 **{name: tuple(size) if isinstance(size, list) else size for name, size in sizes.items()},
             )
         for name in variables:
@@ -91,11 +95,11 @@ class AuroraNet(StepNet):
         for name, channel in zip(self.names[2 * size :], x[:, 2 * self.history * size :].unbind(1), strict=True):
             surface[name] = channel.unsqueeze(1).expand(-1, self.history, -1, -1)
         nothing = x.new_zeros(x.shape[2:])
-        batch = self.batch(
+        batch = self._batch(
             surf_vars=surface,
             static_vars={CONSTANT: nothing},
             atmos_vars={WIND: nothing.expand(count, self.history, 1, -1, -1)},
-            metadata=self.metadata(self.lat, self.lon, (ANY_TIME,) * count, (LEVEL,)),
+            metadata=self._metadata(self.lat, self.lon, (ANY_TIME,) * count, (LEVEL,)),
         )
         said = self.model(batch).surf_vars
         return torch.cat([said[name] for name in self.variables], dim=1).flip(2), None

@@ -19,7 +19,7 @@ import numpy as np
 
 from apps.air_quality.counts import NAMES
 from core.app import Completion
-from rewards.forecast.fields import exceedance, levels
+from rewards.forecast.fields import exceedance, levels, values
 from rewards.forecast.schemes import classes, scheme_named
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def chance_map(window: Any, completion: Completion, lead: int, scheme: str = "ko
     palette = colours(len(steps) - 1)
     figure, axes = _figure(window, f"Chance of {_called(window, variable)} {name} or worse", lead)
     chance = exceedance(completion, edges)[lead, variable, ..., known.alert - 1]
+    chance = np.where(np.isnan(values(completion)[lead, variable]), np.nan, chance)
     _cells(axes, window, palette, np.minimum(classes(chance, steps[1:]), len(palette) - 1))
     event = classes(window.observed()[lead, variable], np.array([bound]))
     _dots(axes, window, palette[[0, -1]], event)
@@ -93,9 +94,7 @@ def _figure(window: Any, title: str, lead: int) -> tuple[Figure, Axes]:
     figure.text(0.02, 0.905, f"for {valid} UTC, {hours.astype(int)} hours ahead", size=9)
     axes = figure.add_axes((0.02, 0.02, 0.66, 0.87), aspect="equal", xticks=[], yticks=[])
     x, y = _projected(window)
-    land = window.land()
-    if np.nanmin(land, initial=1) < 0.5 < np.nanmax(land, initial=0):
-        axes.contour(x, y, land, levels=[0.5], colors=COAST, linewidths=1.1, zorder=3)
+    axes.contour(x, y, window.land(), levels=[0.5], colors=COAST, linewidths=1.1, zorder=3)
     for degrees in (window.lat(), window.lon()):
         step = 10 if np.ptp(degrees) > 25 else 5 if np.ptp(degrees) > 10 else 2
         lines = np.arange(np.ceil(degrees.min() / step), degrees.max() / step) * step

@@ -104,7 +104,7 @@ def edges_of_bins(edges: Sequence[float], scale: Scale, bins: int) -> np.ndarray
     """
     if bins < len(edges) + 1:
         raise ConfigError(
-            f"rollout.bins={bins} is fewer than the {len(edges) + 1} classes; every class needs a bin: use {len(edges) + 1} or more"
+            f"rollout.bins={bins} is fewer than the {len(edges) + 1} classes, each of which needs one: use at least that"
         )
     bounds = torch.tensor([0.0, *edges, scale.top], dtype=torch.float64)
     widths = np.diff(scale.inward(bounds).numpy())
@@ -230,9 +230,9 @@ class CategoricalFrames:
 class Gaussian(nn.Module):
     """s ~ N(last + output, sigma^2) in every cell by itself; values are clipped to [0, top], log-probabilities are not.
 
-    sigma: fixed, in s. It is a scale of exploration, not of error. Nothing bounds the mean above the highest class edge, where
-    class rewards are flat: what holds it is the closed-form KL to the reference (`beta`), which is (mean - its mean)^2 /
-    (2 sigma^2): a dense anchor.
+    sigma: fixed, in s. It is a scale of exploration, not of error. Above the highest class edge class rewards are flat, and
+    nothing there keeps the mean from drifting up to `top` but a dense anchor. Here that is the closed-form KL to the reference
+    (`beta`), (mean - its mean)^2 / (2 sigma^2); a reward of closeness to the truth, of an app, may be another.
     """
 
     def __init__(self, variables: int, scale: Scale, sigma: float):
@@ -355,7 +355,8 @@ class LowRankFrames(GaussianFrames):
     def _quadratic(self, away: Tensor) -> Tensor:
         """away^T covariance^-1 away * sigma^2 of ([G,] N, D): |away|^2 - |root^-1 W^T away|^2."""
         inner = torch.einsum("nrd,...nd->...nr", self.known, away).unsqueeze(-1)
-        return away.square().sum(-1) - torch.linalg.solve_triangular(self.root, inner, upper=False).square().sum((-1, -2))
+        explained = torch.linalg.solve_triangular(self.root, inner, upper=False)
+        return away.square().sum(-1) - explained.square().sum((-1, -2))
 
     def log_prob(self, action: Tensor) -> Tensor:
         away = ((action - self.centre) * self.valid).flatten(-3) / self.family.sigma
@@ -365,9 +366,9 @@ class LowRankFrames(GaussianFrames):
     def kl(self, other: LowRankFrames) -> Tensor:
         away = ((self.centre - other.centre) * self.valid).flatten(1) / self.family.sigma
         across = other.known @ self.known.mT  # (N, R, R)
-        explained = torch.cat([other.known @ other.known.mT, across @ across.mT], dim=0)
-        own, mixed = torch.cholesky_solve(explained.view(2, *across.shape), other.root).diagonal(dim1=-2, dim2=-1).sum(-1)
-        trace = self.known.square().sum((1, 2)) - own - mixed  # of other^-1 self, less the number of cells
+        inner = other.known @ other.known.mT + across @ across.mT
+        explained = torch.cholesky_solve(inner, other.root).diagonal(dim1=1, dim2=2).sum(1)
+        trace = self.known.square().sum((1, 2)) - explained  # of other^-1 self, less the number of cells
         return self._shared((trace + other._quadratic(away) + other.log_det - self.log_det) / 2)
 
     def entropy(self) -> Tensor:

@@ -1,8 +1,8 @@
 """Forecast policies: one decision is the value of one variable in one cell at one lead.
 
 A step net (core/policy/step_nets.py) and a distribution (core/policy/distributions.py) take the frames of a forecast one lead
-further. What is fed back is an *observation that nobody made*: the mean of s, or the s of what was sampled, with seen = 0. The one
-transition, `advance`, serves rollouts, evaluations and the supervised start alike.
+further. What is fed back, the mean of s or the s of what was sampled, is a frame that nobody saw: seen = 0. `advance` is the one
+transition, of rollouts, evaluations and the supervised start alike.
 
 Fed back the mean, frames do not depend on what a rollout draws: a group is G draws from the same distributions, and the net runs
 once for all of it. No gradient flows through time: frames are those of the policy that sampled, in later updates too, so ratios
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from core.app import Shape
-from core.objective.composition import GIVES
 from core.config import ConfigError
+from core.objective.composition import GIVES
 from core.policy import distributions
 from core.policy.distributions import Distribution
 from core.policy.trajectory import Decisions, Trajectory, TrajectoryModule, joined, slices
@@ -53,7 +53,7 @@ class ForecastPolicy(TrajectoryModule):
     def __init__(self, net: nn.Module, rollout: ForecastRollout, quantity: Quantity, half: bool = False):
         super().__init__(net, rollout, half)
         self.quantity = quantity
-        self.family = distributions.family(rollout, quantity)
+        self.family = distributions.family(rollout, quantity).to(self._device)
         self._compared = False  # with a reference
 
     @classmethod
@@ -92,7 +92,9 @@ class ForecastPolicy(TrajectoryModule):
         for ours, theirs in names.items():
             stacked = np.stack([condition[theirs] for condition in conditions]).astype(np.float32, copy=False)
             if bad := int((~np.isfinite(stacked)).sum()):
-                raise ValueError(f"{bad} numbers in {theirs!r} of {len(conditions)} conditions are not finite; fill them")
+                raise ValueError(
+                    f"{bad} numbers in {theirs!r} of {len(conditions)} conditions are not finite; fill them before"
+                )
             given[ours] = torch.from_numpy(stacked).to(at)
         return given | {"frames": self.family.scale.inward(given["frames"])}
 
@@ -103,7 +105,8 @@ class ForecastPolicy(TrajectoryModule):
         """
         cells = given["frames"].shape[-2:]
         ahead = given["ahead"][:, lead, :, None, None]
-        parts = [given["frames"].flatten(1, 2), given["seen"].flatten(1, 2), given["given"], ahead.expand(-1, -1, *cells)]
+        frames, seen = (given[name].flatten(1, 2) for name in ("frames", "seen"))
+        parts = [frames, seen, given["given"], ahead.expand(-1, -1, *cells)]
         if "maps_ahead" in given:
             parts.append(given["maps_ahead"][:, lead])
         return torch.cat(parts, dim=1)
@@ -138,10 +141,10 @@ class ForecastPolicy(TrajectoryModule):
         """The distributions of each lead, with gradient but none through time; the mean is fed back."""
         memory = None
         for lead in range(leads):
-            if lead:
-                given = self.advance(given, frames.state())
             frames, memory = self.distribution(given, lead, memory)
             yield frames
+            if lead + 1 < leads:
+                given = self.advance(given, frames.state())
 
     # -- acting ---------------------------------------------------------------------------------------------------------
 
@@ -221,7 +224,7 @@ class ForecastPolicy(TrajectoryModule):
     def forecast(
         self, conditions: Sequence[Mapping[str, np.ndarray]], leads: int, batch_size: int | None = None
     ) -> list[np.ndarray]:
-        """One completion a condition, (leads, V, Y, X) of `completion_dtype`; nothing is drawn; with averaged weights if there are.
+        """One completion a condition, (leads, V, Y, X) of `completion_dtype`; with averaged weights if there are. No chance.
 
         value: the mean. level: the class announced (`settings.decide`): the most likely one, of equals the lowest, or that of
         the mean. exceed: probability of each class edge. members: quantiles.
@@ -238,8 +241,7 @@ class ForecastPolicy(TrajectoryModule):
                     value, exceed = ahead.mean(), ahead.exceedance(edges)
                     if self.settings.decide == "class":
                         whole, none = torch.ones_like(exceed[:, :, :1]), torch.zeros_like(exceed[:, :, :1])
-                        level = -torch.cat([whole, exceed, none], dim=2).diff(dim=2)
-                        level = level.argmax(dim=2)
+                        level = (-torch.cat([whole, exceed, none], dim=2).diff(dim=2)).argmax(dim=2)
                     else:
                         level = (value.unsqueeze(2) >= bounds[:, :, None, None]).sum(2)
                     members = ahead.quantiles(levels).movedim(1, -1)
@@ -276,7 +278,6 @@ class ForecastPolicy(TrajectoryModule):
         _, condition, sizes = state["condition"].unique_consecutive(return_inverse=True, return_counts=True)
         starts = sizes.cumsum(0) - sizes
         place = torch.arange(len(condition), device=condition.device) - starts[condition]
-        cells = state["actions"].shape[2:]
         valid = trajectory.mask.view(-1, *state["actions"].shape[1:])[starts]
         given = {name: state[name][starts] for name in GIVEN if name in state}
         reference = None
@@ -323,5 +324,5 @@ class ForecastPolicy(TrajectoryModule):
 
 
 def completion_dtype(edges: int) -> np.dtype:
-    """Of a forecast with probabilities: value; the announced level; P(x >= edge) of each edge; equally likely members, ascending."""
+    """Of a cell: its value; the announced level; P(x >= edge) of each edge; equally likely members, ascending."""
     return np.dtype([("value", "f4"), ("level", "i1"), ("exceed", "f2", (edges,)), ("members", "f2", (MEMBERS,))])

@@ -55,7 +55,7 @@ class ForecastActor(TrajectoryActor):
     @classmethod
     def refuse_rows(cls, app: App, config: Config, rows: Sequence[Row]) -> None:
         rollout, there = config.rollout, len(app.acts.condition(rows[0])["ahead"])
-        for key in ("leads", "eval_leads"):
+        for key in ("start_leads", "leads", "eval_leads"):
             if getattr(rollout, key) > there:
                 raise ConfigError(
                     f"rollout.{key}={getattr(rollout, key)} reaches beyond the {there} leads that the data know of (row "
@@ -89,7 +89,7 @@ class ForecastActor(TrajectoryActor):
     def start_needs(cls, config: Config) -> list[Any]:
         rollout = config.rollout
         of = {"categorical": ("bins",), "gaussian": ("sigma",), "low_rank": ("sigma", "rank")}[rollout.distribution]
-        return [rollout.distribution, rollout.leads, *(getattr(rollout, name) for name in of)]
+        return [rollout.distribution, rollout.start_leads, *(getattr(rollout, name) for name in of)]
 
     def imitate(
         self,
@@ -98,10 +98,10 @@ class ForecastActor(TrajectoryActor):
         output: Path,
         on_log: Callable[[int, dict[str, float]], None],
     ) -> None:
-        """Over 1, 2, 4, ... leads up to those of a rollout."""
+        """Over 1, 2, 4, ... leads, up to `rollout.start_leads`."""
         warmup, acts, leads = self.config.warmup, self.app.acts, [1]
-        while leads[-1] < self.config.rollout.leads:
-            leads.append(min(2 * leads[-1], self.config.rollout.leads))
+        while leads[-1] < self.config.rollout.start_leads:
+            leads.append(min(2 * leads[-1], self.config.rollout.start_leads))
         try:
             imitate(
                 self.model,

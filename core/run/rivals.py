@@ -99,7 +99,7 @@ def _baselines(rivals: Rivals) -> Iterator[tuple[str, Sequence[Completion]]]:
         try:
             completions = baseline(rivals)
         except NotMade as error:
-            rivals.progress.note(f"left out: {error}; make train APP={rivals.app.name} makes it")
+            rivals.progress.note(f"left out: {error}; make train APP={rivals.app.name} makes it, in one process")
             continue
         yield name, completions
 

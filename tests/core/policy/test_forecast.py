@@ -71,7 +71,10 @@ def test_the_shape_of_a_net_is_that_of_its_conditions():
     assert ForecastPolicy.shape(GIVEN[0], settings, QUANTITY) == Shape(2 * H * V + 3 + 2 + 1, 16, Y, X)
     assert ForecastPolicy.shape(condition(0, maps=False), settings, QUANTITY).inputs == 2 * H * V + 3 + 2
     for distribution, outputs in (("gaussian", 2), ("low_rank", 6)):
-        assert ForecastPolicy.shape(GIVEN[0], ForecastRollout(distribution=distribution, rank=2), QUANTITY).outputs == outputs
+        assert (
+            ForecastPolicy.shape(GIVEN[0], ForecastRollout(distribution=distribution, rank=2), QUANTITY).outputs
+            == outputs
+        )
 
 
 def test_channels_are_frames_seen_given_and_what_is_known_of_the_valid_time():
@@ -123,7 +126,7 @@ def test_a_forecast_beyond_what_is_known_is_refused():
 
 def test_a_net_of_another_distribution_is_refused_in_words():
     other = ForecastPolicy(policy(bins=8).net, ForecastRollout(bins=9), QUANTITY)
-    with pytest.raises(ConfigError, match="the net gives 16 channels and rollout.distribution=categorical reads 18"):
+    with pytest.raises(ConfigError, match=r"the net gives 16 channels and rollout.distribution=categorical reads 18"):
         other.forecast(GIVEN, 1)
 
 

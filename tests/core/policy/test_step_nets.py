@@ -154,7 +154,7 @@ def test_a_net_of_ones_own_is_found_again(tmp_path):
 
 
 def test_a_folder_that_holds_no_step_net_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="has no config.json; give the model folder of a run, or tiny"):
+    with pytest.raises(ConfigError, match=r"has no config.json; give the model folder of a run, or tiny"):
         load_step_net(Model(), tmp_path, build=None)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "TinyFlow"}))
     with pytest.raises(ConfigError, match=r"holds a TinyFlow; a forecast steps with one of .*ConvLSTM, .*UNet, ViT"):
@@ -196,7 +196,7 @@ def test_layers_may_be_named():
     net = adapted(UNet, lora_targets="enter, leave")
     trained = {name.split(".lora")[0] for name, p in net.named_parameters() if p.requires_grad}
     assert trained == {"enter", "leave"}
-    with pytest.raises(ConfigError, match="model.lora_targets=nowhere: no layer is named 'nowhere'"):
+    with pytest.raises(ConfigError, match=r"model.lora_targets=nowhere: no layer is named 'nowhere'"):
         adapted(UNet, lora_targets="nowhere")
 
 

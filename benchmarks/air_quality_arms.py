@@ -18,8 +18,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,21 +30,23 @@ from core import config as configs
 from core.app import Completion, Row
 from core.config import Config
 from core.run import evaluate as ev
+from core.run.actor import Actor
 from core.run.folder import RunFolder
 from core.run.progress import Progress
 from core.run.rivals import Rivals
+from core.run.sequences import Lazy
 from core.run.splits import Split
 from core.run.start import start
 from core.run.stopping import StopRequest
 from core.run.train import Clock, Setup, reinforce
+from core.train.forecasting import imitate
 from core.train.warmup import quiet
 from rewards.forecast import metrics
 from rewards.forecast.fields import exceedance
 from rewards.forecast.schemes import scheme_named
 
-sys.path.insert(0, str(Path(__file__).parent))  # started with -P
-
-STEPS = 120
+STEPS = 80
+SUPERVISED = "supervised for as long, over the same leads"
 CELL = {"objective": {"recipe": "forecast_grpo"}}
 FIELD = {"objective": {"recipe": "grpo"}}
 # {cost: {arm: changes of the config}}
@@ -57,6 +59,7 @@ ARMS = {
         "field, group scale": FIELD,
         "Gaussian, cell, pooled scale": CELL | {"rollout.distribution": "gaussian"},
         "shuffled advantages": CELL | {"run.control": "shuffled_advantages"},
+        SUPERVISED: {},
     },
     "regional_cost": {
         "regions, by cell": CELL | {"rewards.preset": "regional"},
@@ -137,10 +140,8 @@ def one_seed(seed: int) -> dict:
                 if name not in found["arms"]:
                     settings = {key.replace(".", "__"): value for key, value in changes.items() if "." in key}
                     one = configs.changed(app, config, **settings)
-                    one = configs.dataclasses.replace(one, objective=changes["objective"])
-                    found["arms"][name] = one_arm(
-                        app, one, place / name.replace(", ", "-").replace(" ", "_"), progress, stop
-                    )
+                    one = replace(one, objective=changes.get("objective", config.objective))
+                    found["arms"][name] = one_arm(app, one, place / slug(name), progress, stop)
                     RunFolder(place).write_json(kept.name, found)
     return found
 
@@ -152,8 +153,34 @@ def one_arm(app, config: Config, place: Path, progress: Progress, stop: StopRequ
     with RunFolder.open(place, config.as_dict()) as folder, ev.Judge(app, config, setup.composite) as judge:
         data = Split(app, config, progress)
         actor, _ = start(app, config, data, judge, progress)
-        trained, _ = reinforce(setup, data, data.train, folder, judge, progress, stop, Clock(folder), actor)
+        if place.name == slug(SUPERVISED):
+            trained = supervised(actor, data.train)
+        else:
+            trained, _ = reinforce(setup, data, data.train, folder, judge, progress, stop, Clock(folder), actor)
     return judge_forecasts(data.test, trained.complete(data.test, range(len(data.test)))[0])
+
+
+def slug(name: str) -> str:
+    return name.replace(", ", "-").replace(" ", "_")
+
+
+def supervised(actor: Actor, rows: Sequence[Row]) -> Actor:
+    """The start, trained on by imitation for as many steps with as many initial times, at a rate as low as the start's last."""
+    config, acts = actor.config, actor.app.acts
+    labels = Lazy(actor.app.gold, rows)
+    imitate(
+        actor.model,
+        Lazy(acts.condition, rows),
+        labels,
+        Lazy(lambda i: acts.importance(rows[i], labels[i]), range(len(rows))),
+        steps=config.optim.steps,
+        batch_size=config.rollout.prompts_per_step,
+        lr=config.warmup.lr / 2,
+        seed=config.run.seed + 1,
+        leads=(config.rollout.leads,),
+        on_log=lambda step, metrics: None,
+    )
+    return actor
 
 
 def free(rivals: Rivals):
@@ -273,7 +300,7 @@ def summary(seeds: Mapping[int, dict], cost: str, arm: str) -> dict:
     return entry
 
 
-NOT_RIVALS = ("the analysis model's forecast",)  # it had a weather forecast; shown, not counted as a decision
+NOT_RIVALS = ("analysis model",)  # it had a weather forecast; shown, not counted as a decision
 
 
 def interval(name: str, values: np.ndarray) -> dict:

@@ -43,7 +43,9 @@ def main() -> None:
     controls: dict[str, list[dict]] = {}
 
     def write() -> None:
-        results = {"runs": runs, "controls": controls, "studies": {}, "command": command(app)}
+        kept = Path("results") / f"{app.label}.json"
+        studies = json.loads(kept.read_text()).get("studies", {}) if kept.exists() else {}  # other scripts' part
+        results = {"runs": runs, "controls": controls, "studies": studies, "command": command(app)}
         RunFolder("results").write_json(f"{app.label}.json", {**results, "git": git_revision()})
         draw(app.label, results)
         tell(app, results)
@@ -52,7 +54,8 @@ def main() -> None:
         runs.append(train(app, seed))
         controls.setdefault("shuffled advantages", []).append(train(app, seed, "shuffled_advantages"))
         write()
-    for seed in options.seeds[:1] if options.rival_seeds is None else options.rival_seeds:
+    forecast = isinstance(app.acts, apps.Forecast)  # its rivals are its baselines, and benchmarks/air_quality_arms.py
+    for seed in options.seeds[: 0 if forecast else 1] if options.rival_seeds is None else options.rival_seeds:
         controls.setdefault("random rewards", []).append(train(app, seed, "random_rewards"))
         for name, summary in rivals(app, seed, next(run for run in runs if run["seed"] == seed)).items():
             controls.setdefault(name, []).append(summary)

@@ -188,7 +188,7 @@ class App:
     options: the dataclass of the `task:` section.
     part: part(row) -> the name of the share of the held-out rows that a row belongs to; each is also shown apart.
     cluster: the column whose values are resampled together in intervals (a database, a speaker).
-    baselines: {name: f(train_rows, test_rows) -> completions}; rivals that cost nothing.
+    baselines: {name: f(train_rows, test_rows) -> completions, None where the data do not allow it}; rivals that cost nothing.
     learned: {name: f(core.run.rivals.Rivals) -> completions of its test rows}; rivals that need the policy RL starts from, or
         other supervised starts. They stand beside the baselines.
     verify: further tables and plots of the held-out completions.
@@ -219,7 +219,7 @@ class App:
     cluster: str | None = None
     lower: frozenset[str] = frozenset()
     best: Mapping[str, float] = field(default_factory=dict)
-    baselines: Mapping[str, Callable[[Rows, Rows], Sequence[Completion]]] = field(default_factory=dict)
+    baselines: Mapping[str, Callable[[Rows, Rows], Sequence[Completion] | None]] = field(default_factory=dict)
     learned: Mapping[str, Callable[[Rivals], Sequence[Completion]]] = field(default_factory=dict)
     verify: Verification | None = None
     show: Callable[[Row, Completion], Completion] = lambda row, completion: completion

@@ -125,7 +125,8 @@ ROLLOUTS: dict[type, type[Rollout]] = {Language: LanguageRollout, Flow: FlowRoll
 class Constraint:
     """The weight of a reward component follows a PI controller, so that a metric on the validation rows keeps to a limit.
 
-    at_least, at_most: the limit, exactly one of them. kp, ki: gains of the controller. cap: the most that is added to the configured weight.
+    at_least, at_most: the limit, exactly one of them. kp, ki: gains of the controller. cap: the most that is added to the
+    configured weight.
     """
 
     metric: str

@@ -177,16 +177,16 @@ APP = App(
     baselines={
         "persistence": baselines.persistence,
         "climatology": baselines.climatology,
-        "the analysis model's forecast": baselines.analysis_model,
+        "analysis model": baselines.analysis_model,
     },
     learned={
-        "plain mean square": baselines.plain_mse,
-        "class-weighted mean square": baselines.class_weighted,
+        "mean square": baselines.plain_mse,
+        "class-weighted": baselines.class_weighted,
         "tuned threshold": baselines.tuned_threshold,
-        "tuned threshold per lead": baselines.tuned_threshold_per_lead,
-        "quantile mapping per lead": baselines.quantile_mapping,
+        "threshold per lead": baselines.tuned_threshold_per_lead,
+        "quantile mapping": baselines.quantile_mapping,
         "Bayes decision": baselines.bayes_decision,
-        "tuned probability per lead": baselines.bayes_per_lead,
+        "tuned probability": baselines.bayes_per_lead,
     },
     verify=Verification(counts.reduce, verification.tables, verification.plots),
     show=show,
@@ -195,6 +195,9 @@ APP = App(
         "paper": {
             "task.weighting": "class",
             "task.costs": "paper",
+            "rollout.leads": 8,
+            "rollout.first_leads": 3,
+            "rollout.leads_every": 10,
             "rewards.preset": "constrained",
             "rewards.constraints": {
                 "detected": {"metric": "probability_of_detection", "at_least": 0.6},

@@ -99,15 +99,16 @@ def analysis_model(train: Rows, test: Rows) -> Forecasts | None:
 
 # -- learned --------------------------------------------------------------------------------------------------------------
 
-PLAIN = {"rollout__distribution": "gaussian"}  # squared error in s = log(1 + x / scale), all cells alike
-WEIGHTED = {**PLAIN, "task__weighting": "class"}  # rare classes weigh more, arXiv 2511.22169
+# Squared error in s = log(1 + x / scale): every observation alike, or rare classes more (arXiv 2511.22169).
+PLAIN = {"rollout__distribution": "gaussian", "task__weighting": "none"}
+WEIGHTED = {"rollout__distribution": "gaussian", "task__weighting": "class"}
 
 
 @dataclass(frozen=True)
 class Cases:
     """The observed cells of some rows: n cases.
 
-    lead, variable: (n,) int. observed: (n,) ug m-3; level: (n,) int8, its class. value: (n,) and exceed: (n, E), float32, were
+    lead, variable: (n,) int16. observed: (n,) ug m-3; level: (n,) int8, its class. value: (n,) and exceed: (n, E), float32, were
     forecast.
     """
 
@@ -120,17 +121,21 @@ class Cases:
 
     @classmethod
     def of(cls, rows: Rows, forecasts: Forecasts) -> Cases:
-        """Raises ValueError without rows."""
-        if not rows:
-            raise ValueError("there are no validation rows to tune on; set data.validation or data.validation_share")
+        """Raises ValueError without any."""
         parts = []
         for row, forecast in zip(rows, forecasts, strict=True):
             observed, edges = row["window"].observed()[: len(forecast)], edges_of(row)
             seen = np.isfinite(observed)
             lead, variable, _, _ = np.nonzero(seen)
             level = levels(observed, edges)[seen]
+            lead, variable = lead.astype(np.int16), variable.astype(np.int16)
             parts.append(
                 (lead, variable, observed[seen], level, values(forecast)[seen], exceedance(forecast, edges)[seen])
+            )
+        if not sum(len(part[0]) for part in parts):
+            raise ValueError(
+                f"nothing is observed in the {len(rows)} validation rows, and decisions are tuned on them; set data.validation "
+                f"to a split with observations, or data.validation_share"
             )
         return cls(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
@@ -140,14 +145,6 @@ class Cases:
         return Cases(*(part[kept] for part in vars(self).values()))
 
 
-def _shared(rivals: Rivals, key: Any, make: Callable[[], Any]) -> Any:
-    """What several baselines need, made once and gone with the rivals."""
-    kept = vars(rivals).setdefault("kept", {})
-    if key not in kept:
-        kept[key] = make()
-    return kept[key]
-
-
 def _forecasts(rivals: Rivals, start: dict[str, str] | None, rows: Rows) -> Forecasts:
     """Of a supervised start with these changes, or of the one that RL starts from; kept for the test rows."""
     actor = rivals.fit(**start) if start else rivals.start
@@ -155,12 +152,12 @@ def _forecasts(rivals: Rivals, start: dict[str, str] | None, rows: Rows) -> Fore
     def complete() -> Forecasts:
         return actor.complete(rows, range(len(rows)))[0]
 
-    return _shared(rivals, ("test", repr(start)), complete) if rows is rivals.test else complete()
+    return rivals.shared(("test", repr(start)), complete) if rows is rivals.test else complete()
 
 
 def _validation(rivals: Rivals, start: dict[str, str] | None) -> Cases:
     rows = rivals.validation
-    return _shared(rivals, ("validation", repr(start)), lambda: Cases.of(rows, _forecasts(rivals, start, rows)))
+    return rivals.shared(("validation", repr(start)), lambda: Cases.of(rows, _forecasts(rivals, start, rows)))
 
 
 def _costs(rivals: Rivals) -> np.ndarray:
@@ -177,7 +174,7 @@ def _changed(
 
 
 def plain_mse(rivals: Rivals) -> Forecasts:
-    """A start trained on squared error, all cells alike; the class of its mean is announced."""
+    """A start trained on squared error, every observation alike; the class of its mean is announced."""
     return _changed(rivals, PLAIN, lambda forecast, row: announce(values(forecast), row))
 
 
@@ -202,11 +199,11 @@ def _thresholds(rivals: Rivals, by_lead: bool) -> Forecasts:
     def tune(cases: Cases) -> np.ndarray:
         return tune_thresholds(cases.value, cases.level, costs)
 
-    thresholds = _by_place(_validation(rivals, PLAIN), by_lead, tune)
+    thresholds = _tuned(rivals, PLAIN, by_lead, tune, edges_of(rivals.test[0]))
 
     def change(forecast: np.ndarray, row: Row) -> np.ndarray:
         value = values(forecast)
-        return deterministic(value, classes(value, thresholds[:, :, None, None]), edges_of(row))
+        return deterministic(value, classes(value, thresholds[: len(value), :, None, None]), edges_of(row))
 
     return _changed(rivals, PLAIN, change)
 
@@ -220,7 +217,8 @@ def quantile_mapping(rivals: Rivals) -> Forecasts:
     def tune(cases: Cases) -> tuple[np.ndarray, np.ndarray]:
         return np.quantile(cases.value, QUANTILES), np.quantile(cases.observed, QUANTILES)
 
-    nodes = _by_place(_validation(rivals, PLAIN), True, tune)  # (L, V, 2, quantiles)
+    same = [(QUANTILES, QUANTILES)] * len(edges_of(rivals.test[0]))
+    nodes = _tuned(rivals, PLAIN, True, tune, same)  # (L, V, 2, quantiles)
 
     def change(forecast: np.ndarray, row: Row) -> np.ndarray:
         value = values(forecast).copy()
@@ -251,18 +249,27 @@ def bayes_per_lead(rivals: Rivals) -> Forecasts:
     def tune(cases: Cases) -> np.ndarray:
         return tune_probabilities(cases.exceed, cases.level, costs)
 
-    thresholds = _by_place(_validation(rivals, None), True, tune)
+    halves = np.full_like(edges_of(rivals.test[0]), 0.5)
+    thresholds = _tuned(rivals, None, True, tune, halves)[:, :, None, None]
 
     def change(forecast: np.ndarray, row: Row) -> np.ndarray:
-        return with_levels(forecast, reached(exceedance(forecast, edges_of(row)), thresholds[:, :, None, None]))
+        return with_levels(forecast, reached(exceedance(forecast, edges_of(row)), thresholds[: len(forecast)]))
 
     return _changed(rivals, None, change)
 
 
-def _by_place(cases: Cases, by_lead: bool, tune: Callable[[Cases], Any]) -> np.ndarray:
-    """(L or 1, V, ...): what `tune` makes of the cases of each lead and variable."""
-    leads = range(cases.lead.max() + 1) if by_lead else [None]
-    return np.array([[tune(cases.where(v, lead)) for v in range(cases.variable.max() + 1)] for lead in leads])
+def _tuned(
+    rivals: Rivals, start: dict[str, str] | None, by_lead: bool, tune: Callable[[Cases], Any], untuned: Sequence[Any]
+) -> np.ndarray:
+    """(L or 1, V, ...): what `tune` makes of a start's validation cases of each lead and variable; without any, untuned[v]."""
+    cases = _validation(rivals, start)
+
+    def one(variable: int, lead: int | None) -> Any:
+        part = cases.where(variable, lead)
+        return tune(part) if len(part.level) else untuned[variable]
+
+    leads = range(rivals.test[0]["window"].leads) if by_lead else [None]
+    return np.array([[one(variable, lead) for variable in range(len(untuned))] for lead in leads])
 
 
 def with_levels(forecast: np.ndarray, level: np.ndarray) -> np.ndarray:

@@ -17,8 +17,8 @@ class Climate:
     """Observations of the training period by month, hour, variable and cell, as sums and histograms.
 
     A cell that was never observed in a month at an hour has what its region was then, else what all cells were, else what all
-    were in any month. A valid time counts once, however many windows hold it: they are read end to end, not one by one.
-    Raises ValueError for a variable that was never observed.
+    were in any month. A variable that was never observed is forecast as 0: there is nothing to say, and nothing to judge it by.
+    A valid time counts once, however many windows hold it: they are read end to end, not one by one.
     """
 
     def __init__(self, train: Rows):
@@ -36,9 +36,6 @@ class Climate:
             if times[0] > last or row is rows[-1]:
                 self._add(row["window"].observed()[times > last], times[times > last])
                 last = times[-1]
-        for name, seen in zip(window.variables, self.counts.any((0, 1, 3, 4, 5)), strict=True):
-            if not seen:
-                raise ValueError(f"climatology: {name} was never observed in the training period")
         self.at = cache(self._at)
 
     def _times(self, row: Row) -> np.ndarray:
@@ -78,6 +75,7 @@ class Climate:
             fill(cells, then[0][:, cells].sum(axis=1), then[1][:, cells].sum(axis=1))
         fill(everywhere, self.sums.sum((0, 1, 3, 4)), self.counts.sum((0, 1, 3, 4), dtype=np.int64))
 
+        counts[~counts.any(axis=-1), 0] = 1
         number = counts.sum(axis=-1, keepdims=True)
         below = counts.cumsum(axis=-1) / number  # share of cases in the bin or a lower one
         edge = np.searchsorted(self.bins, self.edges) - 1  # the last bin below each edge

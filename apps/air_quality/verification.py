@@ -21,12 +21,11 @@ from apps.air_quality.counts import (
     compare,
     economic_value,
     measures,
-    reduce,
     reliability,
     roc,
     roc_area,
 )
-from core.app import Plot, Row, Table, Verification
+from core.app import Plot, Row, Table
 from rewards.forecast.events import ratio
 
 Arms = Mapping[str, Reduced]
@@ -59,7 +58,7 @@ def tables(rows: Sequence[Row], arms: Arms) -> list[Table]:
     found = []
     for variable in range(len(task.variables)):
         measured = {name: _measured(arm, variable, task) for name, arm in arms.items()}
-        found.append(_arms_table(f"{task.event(variable)}, every arm", measured, MAIN, _note(rows, task)))
+        found.append(_arms_table(f"{task.event(variable)}, every arm", measured, MAIN, _note(rows, task, measured)))
         found.append(_arms_table(f"{task.event(variable)}, every arm, further", measured, FURTHER))
     return [*found, _interval_table(rows, arms, shown, task), *_breakdowns(rows, arms, shown, task)]
 
@@ -70,12 +69,13 @@ def _measured(arm: Reduced, variable: int, task: Task) -> dict[str, np.ndarray]:
     return found | {"ROC area": roc_area(arm.chances[:, variable].sum(0))}
 
 
-def _note(rows: Sequence[Row], task: Task) -> str:
+def _note(rows: Sequence[Row], task: Task, measured: Mapping[str, Mapping[str, np.ndarray]]) -> str:
     names = [task.called(variable) for variable in range(len(task.weights))]
     weights = ", ".join(f"{name} {weight:g}" for name, weight in zip(names, task.weights, strict=True))
+    alike = len({int(found["cases"]) for found in measured.values()}) == 1
     return (
         f"{len(rows)} initial times, all leads. Weights of a case in the expected cost: {weights}. RMSE and CRPS in ug m-3; "
-        f"frequency bias is alerts announced / observed."
+        f"frequency bias is alerts announced / observed.{'' if alike else ' Arms differ in their cases: do not compare them.'}"
     )
 
 
@@ -209,6 +209,3 @@ def _told(interval: Interval) -> str | None:
     if not np.isfinite(value):
         return None
     return f"{value:.3f} [{lo:.3f}, {hi:.3f}]" if np.isfinite(lo) else f"{value:.3f}"
-
-
-VERIFICATION = Verification(reduce, tables, plots)

@@ -184,7 +184,7 @@ class ForecastPolicy(TrajectoryModule):
 
     @property
     def _device(self) -> torch.device:
-        return next(self.net.parameters()).device
+        return next(self.net.parameters(), torch.empty(0)).device
 
     def _noise(self, conditions: Sequence[Mapping], group_size: int, seeds: Sequence[int], leads: int) -> Tensor:
         """(N, G, leads, ...): the first leads of a longer forecast draw the same."""

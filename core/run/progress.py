@@ -31,6 +31,7 @@ CONTROLS = re.compile(
 SURROGATES = re.compile("[\ud800-\udfff]")
 LINE_EVERY_S = 5.0
 PLAIN_WIDTH = 120  # of tables in a file or a pipe
+MOST_OF_NAMES = 28  # characters of the first column of a table that are kept on one line
 
 
 def clean_text(text: object, limit: int = 2000) -> str:
@@ -111,9 +112,11 @@ class Progress:
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Print a table below all that was shown; the first column is aligned left, the others right."""
         self.close()
-        table = Table(title=_plain(title), title_justify="left")
+        table, rows = Table(title=_plain(title), title_justify="left"), list(rows)
+        names = min(MOST_OF_NAMES, max((len(str(row[0])) for row in rows), default=0))  # where space is short, numbers fold
         for i, column in enumerate(columns):
-            table.add_column(_plain(column), justify="right" if i else "left", overflow="fold")
+            width = {} if i else {"min_width": names}
+            table.add_column(_plain(column), justify="right" if i else "left", overflow="fold", **width)
         for row in rows:
             table.add_row(*map(_plain, row))
         self._say(table)

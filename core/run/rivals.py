@@ -93,7 +93,10 @@ def compare(rivals: Rivals, arms: Mapping[str, Sequence[Completion]]) -> Compare
 
 def _baselines(rivals: Rivals) -> Iterator[tuple[str, Sequence[Completion]]]:
     for name, baseline in rivals.app.baselines.items():
-        yield name, baseline(rivals.train, rivals.test)
+        if (completions := baseline(rivals.train, rivals.test)) is None:
+            rivals.progress.note(f"left out: the data have nothing that the baseline {name} could be made of")
+            continue
+        yield name, completions
     for name, baseline in rivals.app.learned.items():
         rivals.progress.note(f"baseline: {name}")
         try:

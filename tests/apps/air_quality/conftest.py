@@ -113,11 +113,16 @@ class FakeRivals:
 
     def __init__(self, train, validation, test):
         self.train, self.validation, self.test = train, validation, test
-        self.start = FakeActor(0.5)
-        self.actors = {"gaussian": FakeActor(0.4, bias=0.7), "gaussian class": FakeActor(0.4, bias=2.0)}
+        self.start, self.kept = FakeActor(0.5), {}
+        self.actors = {"gaussian none": FakeActor(0.4, bias=0.7), "gaussian class": FakeActor(0.4, bias=2.0)}
 
-    def fit(self, rollout__distribution, task__weighting=""):
-        return self.actors[f"{rollout__distribution} {task__weighting}".strip()]
+    def shared(self, key, make):
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
+
+    def fit(self, **changes):
+        return self.actors[" ".join(changes.values())]
 
 
 @pytest.fixture

@@ -92,13 +92,13 @@ def test_a_baseline_gives_a_whole_structured_forecast_a_row_and_sees_no_truth_of
     assert fields.content_faults(np.stack(first), EDGES) == [None] * len(first)
     for row in rivals.test:
         row["window"]._observed = row["window"]._observed[::-1, ::-1, ::-1] * 3
-    vars(rivals).pop("kept", None)
+    rivals.kept.clear()
     for forecast, again in zip(first, made(), strict=True):
         assert forecast.tobytes() == again.tobytes()
 
 
 def test_plain_and_weighted_starts_announce_the_class_of_their_mean(rivals):
-    for baseline, name in ((baselines.plain_mse, "gaussian"), (baselines.class_weighted, "gaussian class")):
+    for baseline, name in ((baselines.plain_mse, "gaussian none"), (baselines.class_weighted, "gaussian class")):
         for row, forecast in zip(rivals.test, baseline(rivals), strict=True):
             value = rivals.actors[name].forecast(row)["value"]
             np.testing.assert_array_equal(forecast["value"], value)
@@ -109,12 +109,12 @@ def test_plain_and_weighted_starts_announce_the_class_of_their_mean(rivals):
 def on_validation(rivals, baseline):
     """Cost of a baseline on the rows that it was tuned on."""
     rivals.test = rivals.validation
-    vars(rivals).pop("kept", None)
+    rivals.kept.clear()
     return cost(rivals.validation, baseline(rivals))
 
 
 def test_tuned_thresholds_are_the_best_there_are_on_validation(rivals):
-    rows, actor = rivals.validation, rivals.actors["gaussian"]
+    rows, actor = rivals.validation, rivals.actors["gaussian none"]
     forecasts = [actor.forecast(row)["value"] for row in rows]
     observed = np.stack([row["window"].observed() for row in rows])
     value = np.stack(forecasts)
@@ -144,14 +144,14 @@ def test_quantile_mapping_gives_the_validation_rows_the_distribution_that_was_ob
 
 
 def test_quantile_mapping_shifts_what_lies_beyond_and_stays_above_zero(air, rivals):
-    actor = rivals.actors["gaussian"]
+    actor = rivals.actors["gaussian none"]
     actor.bias = 3.0  # so that the lowest values are shifted down
     forecasts = baselines.quantile_mapping(rivals)
     largest = max(actor.forecast(row)["value"][0, 0].max() for row in rivals.validation)
     far = air.forecast(rivals.test[0], 0)
     far["value"] = np.linspace(0, 10 * largest, far["value"].size).reshape(far["value"].shape)
     actor.forecast = lambda row: far
-    vars(rivals)["kept"] = {key: value for key, value in vars(rivals)["kept"].items() if key[0] == "validation"}
+    rivals.kept = {key: value for key, value in rivals.kept.items() if key[0] == "validation"}
     mapped = baselines.quantile_mapping(rivals)[0]["value"]
     assert len(forecasts) == len(rivals.test)
     assert mapped.min() >= 0
@@ -241,13 +241,36 @@ def test_a_start_forecasts_the_rows_once_for_all_that_use_it(rivals):
     for baseline in LEARNED:
         list(baseline(rivals))
     both = len(rivals.validation) + len(rivals.test)
-    assert rivals.actors["gaussian"].asked == rivals.start.asked == both
+    assert rivals.actors["gaussian none"].asked == rivals.start.asked == both
     assert rivals.actors["gaussian class"].asked == len(rivals.test)
 
 
-def test_no_validation_rows_is_an_error_that_says_what_to_set(rivals):
-    rivals.validation = []
-    with pytest.raises(ValueError, match=r"data\.validation"):
+@pytest.mark.parametrize("baseline", LEARNED, ids=lambda baseline: baseline.__name__)
+def test_a_variable_without_observations_keeps_its_untuned_decisions(rivals, baseline):
+    usual = [forecast["level"][:, 0] for forecast in baseline(rivals)]
+    for row in rivals.validation:
+        row["window"]._observed[:, 1] = np.nan
+    rivals.kept.clear()
+    made = list(baseline(rivals))
+    np.testing.assert_array_equal([forecast["level"][:, 0] for forecast in made], usual)
+    if baseline in (baselines.tuned_threshold, baselines.tuned_threshold_per_lead, baselines.quantile_mapping):
+        plain = np.stack([forecast["level"][:, 1] for forecast in baselines.plain_mse(rivals)])
+        np.testing.assert_array_equal([forecast["level"][:, 1] for forecast in made], plain)
+
+
+def test_a_policy_that_forecasts_fewer_leads_than_the_data_is_tuned_at_these(rivals):
+    for actor in (rivals.start, *rivals.actors.values()):
+        actor.forecast = lambda row, whole=actor.forecast: whole(row)[:3]
+    for baseline in LEARNED:
+        assert [len(forecast) for forecast in baseline(rivals)] == [3] * len(rivals.test)
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_no_validation_cases_is_an_error_that_says_what_to_set(rivals, rows):
+    rivals.validation = rivals.validation[:rows]
+    for row in rivals.validation:
+        row["window"]._observed[:] = np.nan
+    with pytest.raises(ValueError, match=rf"the {rows} validation rows.*data\.validation"):
         baselines.tuned_threshold(rivals)
 
 

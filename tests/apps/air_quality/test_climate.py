@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 
 from apps.air_quality.climate import Climate
 
@@ -99,9 +98,13 @@ def test_a_month_without_a_history_has_that_of_all_months(air):
     assert np.isfinite(forecast["members"].astype(float)).all()
 
 
-def test_a_variable_that_was_never_observed_is_an_error_by_name(air):
+def test_a_variable_that_was_never_observed_is_forecast_as_zero(air):
     rows = air.rows(5)
+    observe(rows, lambda time, y, x: 60.0)
     for row in rows:
         row["window"]._observed[:, 1] = np.nan
-    with pytest.raises(ValueError, match="pm10 was never observed"):
-        Climate(rows)
+    forecast = Climate(rows).forecast(rows[0])
+    for name in ("value", "level", "exceed"):
+        assert not forecast[name][:, 1].any()
+    assert forecast["members"][:, 1].max() < 1
+    np.testing.assert_allclose(forecast["value"][:, 0], 60, rtol=1e-5)

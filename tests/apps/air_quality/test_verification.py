@@ -168,6 +168,13 @@ def test_value_is_drawn_where_there_is_some_and_peaks_at_the_base_rate(shown):
     assert np.nanmin(y) >= 0
 
 
+def test_arms_that_were_judged_on_other_cases_are_said_not_to_compare(shown):
+    rows, arms = shown
+    short = counts.reduce(rows, [row["window"].model()[:2] for row in rows])
+    assert "differ in their cases" in verification.tables(rows, arms | {"short": short})[0].note
+    assert "differ" not in verification.tables(rows, arms)[0].note
+
+
 def test_an_archive_without_regions_has_no_table_of_them(shown):
     rows, arms = shown
     before = len(verification.tables(rows, arms))

@@ -66,7 +66,7 @@ _TRAJECTORY = frozenset(NEEDS) - {*ASKED, "ref_logps", "entropy"}
 GIVES = {
     "language": frozenset(NEEDS) - {"aligned", "drift", "renoised", "whole_groups", "divergence"},
     "flow": _TRAJECTORY,
-    "forecast": _TRAJECTORY - {"drift", "renoised"},
+    "forecast": (_TRAJECTORY | {"entropy"}) - {"drift", "renoised"},
 }
 # {slot: {option: what the slot needs while that option is not 0}}
 BECAUSE = {

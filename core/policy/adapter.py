@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import ModelMixin
 from safetensors.torch import load_file
 
 from core.config import ConfigError, Model
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 FILE = "pytorch_lora_weights.safetensors"  # where save_lora_adapter writes
 DEFAULT = "default"  # what an adapter is called that was given no name

@@ -263,7 +263,7 @@ def test_a_start_is_shared_by_what_does_not_change_it_and_no_other(tides, home):
     assert path(*same) == first
     gaussian = "rollout.distribution=gaussian"
     others = [
-        path("rollout.leads=4"), path("rollout.bins=9"), path("task.weighting=alerts"), path("run.seed=1"), path(gaussian),
+        path("rollout.start_leads=3"), path("rollout.bins=9"), path("task.weighting=alerts"), path("run.seed=1"), path(gaussian),
         path(gaussian, "rollout.sigma=0.5"), path("rollout.distribution=low_rank"),
         path("rollout.distribution=low_rank", "rollout.rank=3"), path("data.validation="),
     ]  # fmt: skip

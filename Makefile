@@ -26,10 +26,10 @@ setup: .venv/.app-$(APP)  ## create .venv and install what APP needs
 train: .venv/.app-$(APP)  ## train APP, or go on with the run; prints a before/after table and writes a report
 	$(RUN_CORE) train $(OPTIONS) $(if $(FRESH),--fresh) $(if $(GPUS),--gpus $(GPUS))
 
-eval: .venv/.app-$(APP)  ## score a run's model (RUN=) or any MODEL on held-out rows (SPLIT=), without training
+eval: .venv/.app-$(APP)  ## score a run's model (RUN=), any MODEL, or stored forecasts (MODEL=x.zarr) on held-out rows (SPLIT=), without training
 	$(RUN_CORE) eval $(OPTIONS) $(if $(SPLIT),--split $(SPLIT))
 
-predict: .venv/.app-$(APP)  ## answer INPUT= with a run's model, into OUTPUT=: files of JSON lines, or folders of pictures
+predict: .venv/.app-$(APP)  ## answer INPUT= with a run's model, into OUTPUT=: JSON lines; folders of pictures; an analysis, into forecasts
 	$(RUN_CORE) predict $(OPTIONS) --input "$(INPUT)" --output "$(OUTPUT)"
 
 report: .venv/.app-$(APP)  ## write a finished run's report.html again

@@ -101,8 +101,9 @@ def tell(app, results: dict) -> None:
     marks = f"<!-- {name} -->", f"<!-- /{name} -->"
     head, rest = readme.read_text().split(marks[0])
     tail = rest.split(marks[1])[1]
-    metric = results["runs"][0]["metric"]
-    lines = ["", f"### Figures (`{results['command']}`, {results['runs'][0]['n']} held-out rows, {metric})", ""]
+    metric, lower = results["runs"][0]["metric"], results["runs"][0]["better"] == "lower"
+    told = f"{metric}, less is better" if lower else metric
+    lines = ["", f"### Figures (`{results['command']}`, {results['runs'][0]['n']} held-out rows, {told})", ""]
     lines += ["| arm | seed | before | after | change, 95 % interval | sampled before, after | update size |"]
     lines += ["|---" * 7 + "|"]
     for arm, summaries in {"GRPO": results["runs"], **results["controls"]}.items():
@@ -129,6 +130,13 @@ def tell(app, results: dict) -> None:
     for name in results["runs"][0]["baselines"]:
         values = [f"{run['baselines'][name]:.3f}" for run in results["runs"]]
         lines.append(f"| free: {name} | {' | '.join(values)} |")
+    rivals = [run.get("best_baseline") for run in results["runs"]]
+    if all(rivals):
+        cells = [
+            f"{rival['name']}: {rival['before']:+.4f} → {rival['after']:+.4f} [{rival['ci95'][0]:+.4f}, {rival['ci95'][1]:+.4f}]"
+            for rival in rivals
+        ]
+        lines.append(f"| less the best free one | {' | '.join(cells)} |")
     spent = [sum(v for k, v in run["seconds"].items() if k != "warmup_made") for run in results["runs"]]
     lines += ["", f"Seconds in all, of each seed: {', '.join(f'{v:.0f}' for v in spent)}.", ""]
     RunFolder(readme.parent).write_text(readme.name, head + marks[0] + "\n".join(["", *lines]) + marks[1] + tail)
@@ -156,6 +164,7 @@ def draw(name: str, results: dict) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(
         f"change in {results['runs'][0]['metric']} over the warm start, held out (95 % interval; one dot a seed)"
+        + ("; less is better" if results["runs"][0]["better"] == "lower" else "")
     )
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)

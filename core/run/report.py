@@ -29,6 +29,7 @@ TEXT_LIMIT = 3_000
 LATE_STEPS = 10  # at most this many of the last logged steps give the shown groups
 SHOWN_ROLLOUTS = 8
 SHOWN_SAMPLES = 30
+MOST_RULES = 4  # baselines drawn across the chart of the metric
 DIAGNOSTICS = (
     ("zero_spread", "Groups without spread", True),
     ("truncated", "Truncated completions", True),
@@ -172,6 +173,8 @@ def _metric_chart(lines: Sequence[Mapping], summary: Mapping) -> Chart | None:
     key = f"eval/{metric}"
     series = _series(lines, key, metric, points=True, bounds={"lo": f"{key}/lo", "hi": f"{key}/hi"})
     rules = [(name, value) for name, value in (summary.get("baselines") or {}).items() if _known(value)]
+    if len(rules) > MOST_RULES:  # their names would cover each other: the best one
+        rules = [(min if summary.get("better") == "lower" else max)(rules, key=lambda rule: rule[1])]
     return line_chart(f"{metric}, held out", [series], rules, wide=True)
 
 
@@ -203,7 +206,10 @@ def _warmup_charts(curve: Sequence[Mapping]) -> list[Chart]:
 
 def _plot(plot: Mapping[str, Any]) -> Chart | None:
     """One of the verification."""
-    lines = [Series(label, *(_numbers(values) for values in line)) for label, line in plot["lines"].items()]
+    lines = [
+        Series(label, *map(_numbers, line), points=len(line[0]) == 1)  # a line of one point would not be seen
+        for label, line in plot["lines"].items()
+    ]
     chart = line_chart(
         plot["title"], lines, unit_interval=plot["unit"], wide=True, x_label=plot["x_label"], whole=False
     )

@@ -87,7 +87,7 @@ class Archive:
         """(T,) bool: times whose analysis has no missing cell, which a window can begin with."""
         if self._whole is not None:
             return self._whole.values
-        return np.concatenate([np.isfinite(block).all(axis=(1, 2, 3)) for _, block in self.analysis.blocks()])
+        return np.concatenate([np.isfinite(block).all(axis=(1, 2, 3)) for block in self.analysis.blocks()])
 
     @cached_property
     def is_observed(self) -> np.ndarray:
@@ -97,7 +97,7 @@ class Archive:
         if self._mapped is not None:
             seen = self._mapped.values
         else:
-            seen = np.concatenate([np.isfinite(block).any(axis=(1, 2, 3)) for _, block in self._maps.blocks()])
+            seen = np.concatenate([np.isfinite(block).any(axis=(1, 2, 3)) for block in self._maps.blocks()])
         return np.isin(np.arange(len(self.times)), self._maps.first + np.flatnonzero(seen))
 
     @cached_property
@@ -175,8 +175,13 @@ class Archive:
         path = self.path if alone else self._path(name, self.folder)
         if path is None:
             return None, str(self.folder)
-        ds = open_store(path)
+        ds = open_store(path, self._concentrations if name == "analysis" else None)
         return (ds if "station" in ds.dims else cf.gridded(ds, str(path), self._upside_down)), str(path)
+
+    def _concentrations(self, ds: xr.Dataset) -> list[str]:
+        """What a file calls our variables; all it has where one is not found, for the message to name."""
+        found = [cf.find(ds, name, "", self.settings.names) for name in self.variables]
+        return list(ds.data_vars) if None in found else found
 
     def _analysis(self) -> tuple[xr.Dataset, str]:
         analysis, place = self._slot("analysis")
@@ -300,9 +305,9 @@ class Archive:
         tables = [self.folder / f"stations{ending}" for ending in (".csv", ".parquet")]
         table = next((path for path in tables if path.exists()), None)
         if ds is None and table is not None:
-            options = {"sites": "sites.csv", **self.settings.stations, "times": self.times}
-            sites = self.folder / options["sites"]
-            options["sites"] = sites if sites.exists() else None
+            options = {**self.settings.stations, "times": self.times}
+            if "sites" in options or (self.folder / "sites.csv").exists():
+                options["sites"] = self.folder / options.get("sites", "sites.csv")
             try:
                 ds, place = stations.read_stations(table, **options), str(table)
             except TypeError as error:

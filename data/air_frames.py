@@ -113,13 +113,13 @@ class Frames:
             del block  # or it would be held while the next is decoded
         return out
 
-    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(index of the first frame on the archive's axis, frames) over everything, in time order."""
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Everything, some frames at a time, in time order."""
         for begin, end in pairwise(self._edges):
             if self._cache is None:
-                yield begin + self.first, self.between(begin + self.first, end + self.first)
+                yield self.between(begin + self.first, end + self.first)
             else:  # in passing: what a window needs stays in the cache
-                yield begin + self.first, self._read(begin, end)
+                yield self._read(begin, end)
 
     def _read_all(self) -> np.ndarray:
         whole = np.empty((self.length, *self.shape), np.float32)
@@ -138,17 +138,18 @@ class Frames:
         return block
 
 
-def open_store(path: Path) -> xr.Dataset:
+def open_store(path: Path, keep: Callable[[xr.Dataset], list[str]] | None = None) -> xr.Dataset:
     """A Zarr store, a NetCDF file (CF or IOAPI) or a folder of such files that follow each other, over dask by time.
 
-    Raises ValueError where it is none of them.
+    keep: names of the variables that are needed, from the first file; joining the hundreds of others takes minutes.
+    Raises ValueError where the path is none of them.
     """
     if path.is_dir() and not is_zarr(path):
         files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
         if not files:
             raise ValueError(f"{path} is empty; it must hold NetCDF files (CF or IOAPI)")
-        if ioapi.is_ioapi(open_one(files[0])):
-            return ioapi.open_ioapi(files)
+        if ioapi.is_ioapi(first := open_one(files[0])):
+            return ioapi.open_ioapi(files, keep(first) if keep else None)
         parts = [_by_time(open_one(file)) for file in files]
         whole = xr.concat(parts, "time", data_vars="minimal", coords="minimal", compat="override", join="override")
         _, first = np.unique(whole["time"].values, return_index=True)

@@ -102,6 +102,9 @@ def analysis_model(train: Rows, test: Rows) -> Forecasts | None:
 # Squared error in s = log(1 + x / scale): every observation alike, or rare classes more (arXiv 2511.22169).
 PLAIN = {"rollout__distribution": "gaussian", "task__weighting": "none"}
 WEIGHTED = {"rollout__distribution": "gaussian", "task__weighting": "class"}
+PROBABLE = {
+    "task__weighting": "none"
+}  # probabilities that are not bent towards rare classes; mostly the start of RL itself
 
 
 @dataclass(frozen=True)
@@ -145,9 +148,9 @@ class Cases:
         return Cases(*(part[kept] for part in vars(self).values()))
 
 
-def _forecasts(rivals: Rivals, start: dict[str, str] | None, rows: Rows) -> Forecasts:
-    """Of a supervised start with these changes, or of the one that RL starts from; kept for the test rows."""
-    actor = rivals.fit(**start) if start else rivals.start
+def _forecasts(rivals: Rivals, start: dict[str, str], rows: Rows) -> Forecasts:
+    """Of a supervised start with these changes; kept for the test rows."""
+    actor = rivals.fit(**start)
 
     def complete() -> Forecasts:
         return actor.complete(rows, range(len(rows)))[0]
@@ -155,7 +158,7 @@ def _forecasts(rivals: Rivals, start: dict[str, str] | None, rows: Rows) -> Fore
     return rivals.shared(("test", repr(start)), complete) if rows is rivals.test else complete()
 
 
-def _validation(rivals: Rivals, start: dict[str, str] | None) -> Cases:
+def _validation(rivals: Rivals, start: dict[str, str]) -> Cases:
     rows = rivals.validation
     return rivals.shared(("validation", repr(start)), lambda: Cases.of(rows, _forecasts(rivals, start, rows)))
 
@@ -165,9 +168,7 @@ def _costs(rivals: Rivals) -> np.ndarray:
     return cost_matrix(row["costs"], scheme_named(row["scheme"]))
 
 
-def _changed(
-    rivals: Rivals, start: dict[str, str] | None, change: Callable[[np.ndarray, Row], np.ndarray]
-) -> Forecasts:
+def _changed(rivals: Rivals, start: dict[str, str], change: Callable[[np.ndarray, Row], np.ndarray]) -> Forecasts:
     """change(forecast, row) of a start's forecasts of the test rows."""
     made = _forecasts(rivals, start, rivals.test)
     return Lazy(lambda i: change(made[i], rivals.test[i]), range(len(rivals.test)))
@@ -232,34 +233,34 @@ def quantile_mapping(rivals: Rivals) -> Forecasts:
 
 
 def bayes_decision(rivals: Rivals) -> Forecasts:
-    """The start of RL, announcing the class of least cost by its own probabilities."""
+    """The start of RL (unweighted), announcing the class of least cost by its own probabilities."""
     costs = _costs(rivals)
 
     def change(forecast: np.ndarray, row: Row) -> np.ndarray:
         return with_levels(forecast, bayes_levels(exceedance(forecast, edges_of(row)), costs))
 
-    return _changed(rivals, None, change)
+    return _changed(rivals, PROBABLE, change)
 
 
 def bayes_per_lead(rivals: Rivals) -> Forecasts:
-    """The start of RL, announcing the highest class whose probability reaches its threshold, the one of least cost at that
-    lead on validation (`tune_probabilities`)."""
+    """The start of RL (unweighted), announcing the highest class whose probability reaches its threshold, the one of least
+    cost at that lead on validation (`tune_probabilities`)."""
     costs = _costs(rivals)
 
     def tune(cases: Cases) -> np.ndarray:
         return tune_probabilities(cases.exceed, cases.level, costs)
 
     halves = np.full_like(edges_of(rivals.test[0]), 0.5)
-    thresholds = _tuned(rivals, None, True, tune, halves)[:, :, None, None]
+    thresholds = _tuned(rivals, PROBABLE, True, tune, halves)[:, :, None, None]
 
     def change(forecast: np.ndarray, row: Row) -> np.ndarray:
         return with_levels(forecast, reached(exceedance(forecast, edges_of(row)), thresholds[: len(forecast)]))
 
-    return _changed(rivals, None, change)
+    return _changed(rivals, PROBABLE, change)
 
 
 def _tuned(
-    rivals: Rivals, start: dict[str, str] | None, by_lead: bool, tune: Callable[[Cases], Any], untuned: Sequence[Any]
+    rivals: Rivals, start: dict[str, str], by_lead: bool, tune: Callable[[Cases], Any], untuned: Sequence[Any]
 ) -> np.ndarray:
     """(L or 1, V, ...): what `tune` makes of a start's validation cases of each lead and variable; without any, untuned[v]."""
     cases = _validation(rivals, start)

@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 import yaml
 
 from data import air_archive, air_frames, cf, faker_air, ioapi, stations
-from data.air_quality import LeakError, Window, describe, load, normals, request_rows
+from data.air_quality import LeakError, Window, _rows, describe, load, normals, request_rows
+from data.air_settings import read_settings
 
 STEP = np.timedelta64(6, "h")
 TIMES = (np.datetime64("2020-01-01T00") + np.arange(240) * STEP).astype("datetime64[ns]")  # 60 days
@@ -153,6 +155,13 @@ def test_rows_name_the_calendar_of_their_init(folder):
         "2020-W01",
         "2020-W02",
     ]
+
+
+def test_seasons_begin_in_december(folder):
+    months = np.arange("2019-12", "2020-12", dtype="datetime64[M]").astype("datetime64[ns]")
+    rows = _rows(air_archive.open_archive(folder), months)
+    assert [row["season"] for row in rows] == ["DJF"] * 3 + ["MAM"] * 3 + ["JJA"] * 3 + ["SON"] * 3
+    assert [row["month"] for row in rows] == [12, *range(1, 12)]
 
 
 def test_windows_lie_in_their_split_from_history_to_the_last_lead(folder):
@@ -340,6 +349,15 @@ def test_a_forcing_that_is_not_known_at_the_init_is_a_leak(folder):
         window.maps_ahead(["snow"])
 
 
+def test_a_forcing_that_does_not_say_is_not_known_ahead(tmp_path, world):
+    groups = world.groups()
+    del groups["forcing"]["u10"].attrs["role"]
+    window = load(put(tmp_path / "a", groups))["test"][0]["window"]
+    assert window.maps_ahead() is None
+    with pytest.raises(LeakError, match="u10"):
+        window.maps_ahead(["u10"])
+
+
 def test_forcing_that_was_forecast_is_read_ahead(tmp_path, world):
     groups = world.groups()
     groups["forcing"]["pblh"].attrs["role"] = "forecast"
@@ -417,6 +435,15 @@ def test_chunks_that_no_window_can_afford_are_refused(tmp_path, world, monkeypat
 # Gaps
 
 
+def test_times_at_which_no_station_reports_are_missing(tmp_path, world):
+    groups = world.groups()
+    groups["obs"] = groups["obs"].isel(time=[*range(10, 161), *range(163, 240)])
+    window = at(load(put(tmp_path / "a", groups))["test"], "2020-02-10T00")  # 160: 161 and 162 are its first two leads
+    expected = world.observed(161, 165)
+    expected[:2] = np.nan
+    np.testing.assert_allclose(window.observed(), expected, rtol=1e-6)
+
+
 def test_inits_without_truth_or_with_gaps_before_them_are_left_out_and_counted(tmp_path, world):
     groups = world.groups()
     groups["obs"]["pm2p5"][170:178] = np.nan
@@ -487,7 +514,7 @@ def in_other_words(groups, folder):
     kilograms = ds * 1e-9
     for variable in kilograms.data_vars.values():
         variable.attrs["units"] = "kg m**-3"
-    between = kilograms.isel(time=slice(None, -1)).assign_coords(time=TIMES[:-1] + np.timedelta64(3, "h")) * np.nan
+    between = kilograms.assign_coords(time=TIMES - np.timedelta64(3, "h")) * np.nan
     groups["analysis"] = xr.concat([kilograms, between], "time", combine_attrs="override").sortby("time")
 
 
@@ -551,6 +578,54 @@ def test_daily_ioapi_files_and_a_station_table_are_an_archive(tmp_path, world):
     np.testing.assert_array_equal(window.analysis(), world.analysis[:, index + 1 : index + 5].swapaxes(0, 1))
     np.testing.assert_allclose(window.observed(), world.observed(index + 1, index + 5), rtol=1e-6)
     np.testing.assert_allclose(window.lat(), lat, rtol=1e-6)
+
+
+def test_an_ioapi_grid_file_is_the_static_maps(tmp_path, world):
+    attrs = {**faker_air.GRID, "NCOLS": 10, "NROWS": 8, "XORIG": -135000.0, "YORIG": -108000.0}
+    attrs |= {"SDATE": 2020001, "STIME": 0, "TSTEP": 0}
+    lat, lon = ioapi.lat_lon(attrs)
+    maps = {"LAT": lat, "LON": lon, "HT": 100 * lat, "LWMASK": world.static["land"]}
+    grid = {name: (("TSTEP", "LAY", "ROW", "COL"), one[None, None].astype("f4")) for name, one in maps.items()}
+    xr.Dataset(grid, attrs=attrs).to_netcdf(tmp_path / "static.nc", format="NETCDF3_64BIT")
+    window = load(put(tmp_path, {"analysis": world.groups()["analysis"].drop_vars(["lat", "lon"])}))["test"][0][
+        "window"
+    ]
+    assert window.given_names == ("land", "height", "lat", "lon")
+    np.testing.assert_array_equal(window.land(), world.static["land"])
+    np.testing.assert_allclose(window.lon(), lon, rtol=1e-6)
+
+
+def test_archive_yaml_says_how_files_call_things(tmp_path, world):
+    groups = world.groups()
+    obs = groups.pop("obs")
+    groups["analysis"] = groups["analysis"].rename(pm2p5="fine", pm10="coarse")
+    when = (pd.DatetimeIndex(TIMES) + pd.Timedelta(hours=9)).strftime("%Y%m%d%H")
+    table = pd.DataFrame({"t": when.repeat(12), "id": np.tile(obs["station_id"].values, 240)})
+    for name in cf.VARIABLES:
+        table[name.upper()] = obs[name].values.ravel()
+    table.to_csv(tmp_path / "stations.csv", index=False)
+    sites = pd.DataFrame({"station": obs["station_id"].values, "lat": obs["lat"].values, "lon": obs["lon"].values})
+    sites.to_csv(tmp_path / "places.csv", index=False)
+    columns = {"time": "t", "station": "id", "pm2p5": "PM2P5", "pm10": "PM10"}
+    options = {"columns": columns, "unit": "ug m-3", "utc_offset_h": 9, "sites": "places.csv"}
+    put(tmp_path, groups, names={"pm2p5": "fine", "pm10": "coarse"}, stations=options)
+    window = at(load(tmp_path)["test"], "2020-02-10T00")
+    index = int((window.init - TIMES[0]) / STEP)
+    np.testing.assert_allclose(window.observed(), world.observed(index + 1, index + 5), rtol=1e-6)
+    np.testing.assert_array_equal(window.analysis()[:, 1], world.analysis[1, index + 1 : index + 5])
+    put(tmp_path, {}, names={"pm2p5": "fine", "pm10": "coarse"}, stations={**options, "unitt": "ug m-3"})
+    with pytest.raises(ValueError, match=r"archive.yaml: stations: .*unitt"):
+        load(tmp_path)
+
+
+def test_times_of_splits_are_written_as_yaml_writes_them(folder, tmp_path):
+    text = (folder / "archive.yaml").read_text().replace("'", "")  # dates of YAML, not text
+    (tmp_path / "archive.yaml").write_text(text.replace("2020-02-29", "2020-02-29 12:00:00"))
+    splits = read_settings(tmp_path).splits
+    expected = read_settings(folder).splits
+    assert splits["train"] == expected["train"]
+    assert expected["train"].end == np.datetime64("2020-01-20T23:59:59")
+    assert splits["test"].end == np.datetime64("2020-02-29T12")
 
 
 def test_observations_may_be_maps(tmp_path, world):

@@ -113,6 +113,13 @@ def test_own_columns_are_read_by_a_mapping(tmp_path):
     assert float(ds["pm2p5"][0, 0]) == 5
 
 
+def test_stamps_that_say_their_zone_need_no_offset(tmp_path):
+    ds = stations.read_stations(put(tmp_path / "s.csv", LONG), utc_offset_h=9)
+    np.testing.assert_array_equal(ds["time"], np.array(["2023-01-01T00", "2023-01-01T06"], "datetime64[ns]"))
+    naive = stations.read_stations(put(tmp_path / "n.csv", LONG.replace("Z,", ",")), utc_offset_h=9)
+    np.testing.assert_array_equal(naive["time"], np.array(["2022-12-31T15", "2022-12-31T21"], "datetime64[ns]"))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [

@@ -114,7 +114,11 @@ class FakeRivals:
     def __init__(self, train, validation, test):
         self.train, self.validation, self.test = train, validation, test
         self.start, self.kept = FakeActor(0.5), {}
-        self.actors = {"gaussian none": FakeActor(0.4, bias=0.7), "gaussian class": FakeActor(0.4, bias=2.0)}
+        self.actors = {
+            "none": self.start,
+            "gaussian none": FakeActor(0.4, bias=0.7),
+            "gaussian class": FakeActor(0.4, bias=2.0),
+        }
 
     def shared(self, key, make):
         if key not in self.kept:

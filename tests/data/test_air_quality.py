@@ -968,7 +968,7 @@ def test_windows_of_a_3_gb_archive_are_read_below_1_gb_of_memory(large):
     assert windows > 3000
     assert observed > 0
     assert analysed > 0
-    assert peak_mb < 1000, f"peak resident memory {peak_mb:.0f} MB"
+    assert peak_mb < 750, f"peak resident memory {peak_mb:.0f} MB"  # of 1000: a net and its library need the rest
 
 
 def sums(window: Window) -> tuple[float, float]:

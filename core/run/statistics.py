@@ -53,7 +53,8 @@ def bootstrap_mean(values, clusters=None, n: int = 10_000, seed: int = 0, weight
     """Mean of the scored values with its 95 % percentile interval; the rest as in `paired_bootstrap`. weights: (N,)."""
     values = _numbers(values)
     if weights is not None:
-        return _weighted([values], [_numbers(weights)], clusters, n, seed)
+        _, lo, hi = _weighted([values], [_numbers(weights)], clusters, n, seed)
+        return mean(values, weights), lo, hi  # to the last digit what is said elsewhere
     labels = _labels(values, clusters)
     scored = ~np.isnan(values)
     values = values[scored]
@@ -61,12 +62,12 @@ def bootstrap_mean(values, clusters=None, n: int = 10_000, seed: int = 0, weight
         return math.nan, math.nan, math.nan
     _, index = np.unique(labels[scored], return_inverse=True)
     sums, counts = np.bincount(index, weights=values), np.bincount(index)
-    mean = float(values.mean())
+    value = float(values.mean())
     if counts.size < 2:
-        return mean, math.nan, math.nan
+        return value, math.nan, math.nan
     means = [sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1) for drawn in _resamples(counts.size, n, seed)]
     lo, hi = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return mean, float(lo), float(hi)
+    return value, float(lo), float(hi)
 
 
 def _weighted(arms, weights, clusters, n: int, seed: int) -> tuple[float, float, float]:

@@ -119,15 +119,23 @@ def edges_of_bins(edges: Sequence[float], scale: Scale, bins: int) -> np.ndarray
     return np.array([*inside, scale.top])
 
 
+SPREADS = 3.0  # most that a categorical widens or narrows, as a logarithm
+
+
 class Categorical(nn.Module):
     """Which of `bins` bins the value lies in. A bin's value is the middle of it in s; it is bounded by construction.
+
+        log p_k = free_k - |middle_k - (last + shift)| / (width exp(spread)) + constant,    width = of a bin in s, on average
+
+    The net gives shift, spread and the free parts. Shift and spread move all bins at once, as a regression does, and so are
+    learned in few steps; the free parts give any other shape. All at 0 it is the last frame, with some doubt.
 
     edges: class edges of each variable, of which every one is an edge of bins (`edges_of_bins`).
     """
 
     def __init__(self, edges: Sequence[Sequence[float]], scale: Scale, bins: int):
         super().__init__()
-        self.scale, self.bins, self.outputs = scale, bins, len(edges) * bins
+        self.scale, self.bins, self.outputs = scale, bins, len(edges) * (2 + bins)
         of_values = torch.tensor(np.stack([edges_of_bins(one, scale, bins) for one in edges]))
         of_s = scale.inward(of_values)
         middle = (of_s[:, 1:] + of_s[:, :-1]) / 2
@@ -136,9 +144,10 @@ class Categorical(nn.Module):
             self.register_buffer(name, table.float(), persistent=False)
 
     def forward(self, output: Tensor, last: Tensor, valid: Tensor | None = None) -> CategoricalFrames:
-        """output (N, V * bins, Y, X), last (N, V, Y, X) in s."""
-        away = (self.middle[:, :, None, None] - last.unsqueeze(2)).abs()
-        logits = output.unflatten(1, (-1, self.bins)) - away * (self.bins / self.scale.end)
+        """output (N, V * (2 + bins), Y, X), last (N, V, Y, X) in s."""
+        shift, spread, free = output.unflatten(1, (-1, 2 + self.bins)).split([1, 1, self.bins], dim=2)
+        away = (self.middle[:, :, None, None] - last.unsqueeze(2) - shift).abs()
+        logits = free - away * (self.bins / self.scale.end) * (-spread.clamp(-SPREADS, SPREADS)).exp()
         return CategoricalFrames(logits.log_softmax(dim=2), self)
 
     def noise(self, count: int, cells: tuple[int, int, int], generator: torch.Generator) -> Tensor:

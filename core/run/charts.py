@@ -91,7 +91,9 @@ def line_chart(
         if s.points:
             for i in np.flatnonzero(np.isfinite(y)):
                 bar = None if lo is None or not math.isfinite(lo[i]) else (at_y(lo[i]), at_y(hi[i]))
-                tip = f"{f'{s.label}, ' if len(series) > 1 else ''}{x_label} {x[i]:g}: {y[i]:.3f}" + ("" if bar is None else f" [{lo[i]:.3f}, {hi[i]:.3f}]")
+                tip = f"{f'{s.label}, ' if len(series) > 1 else ''}{x_label} {x[i]:g}: {y[i]:.3f}" + (
+                    "" if bar is None else f" [{lo[i]:.3f}, {hi[i]:.3f}]"
+                )
                 line["marks"].append({"x": at_x(x[i]), "y": at_y(y[i]), "bar": bar, "tip": tip})
         elif lo is not None:
             line["band"] = _band(x, running_mean(lo, window), running_mean(hi, window), at_x, at_y)

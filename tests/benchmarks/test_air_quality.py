@@ -42,7 +42,7 @@ def test_the_paper_task_starts_from_weighted_classes_and_grows_its_leads():
 def judged(cost, hits):
     """Four weeks, ten alert events and ten quiet cases each, one false alarm."""
     return {
-        **{name: [[cost, 20.0]] * 4 for name in ("expected_cost", "regional_cost", "duration_error")},
+        **{name: [[cost, 20.0]] * 4 for name in ("expected_cost", "regional_cost")},
         "alerts": [[hits, 1, 10 - hits, 9]] * 4,
     }
 
@@ -67,7 +67,7 @@ def test_an_arm_is_compared_with_the_best_free_decision_of_its_own_cost():
     assert found["mean"] == pytest.approx(0.12)
     half = 12.706 * math.sqrt(2) * 0.02 / math.sqrt(2)  # Student's t of one degree of freedom
     assert found["ci95"] == pytest.approx([-half, half], rel=1e-3)
-    regional = arms.summary({0: seed(0.10, 0.12)}, "regional_cost", "regions, field")
+    regional = arms.summary({0: seed(0.10, 0.12)}, "regional_cost", "regions, by cell")
     assert regional["by_seed"][0]["best_free"] == "probability, tuned for regional_cost"
 
 

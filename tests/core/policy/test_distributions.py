@@ -131,12 +131,33 @@ def test_categorical_agrees_with_torch():
     torch.testing.assert_close(one.log_prob(many), ours.log_prob(many), msg="several draws of each frame")
 
 
-def test_probabilities_are_of_the_output_and_the_distance_to_the_last_frame():
+def test_probabilities_are_of_the_free_parts_and_the_distance_to_where_the_last_frame_is_shifted():
     made = Categorical(EDGES, SCALE, 4).double()
-    output = rand(1, 8, 1, 1)
+    output = rand(1, 12, 1, 1)
     before = torch.full((1, V, 1, 1), 1.7, dtype=torch.float64)
-    logits = output[0, 4:, 0, 0] - (made.middle[1] - 1.7).abs() / (math.log(101) / 4)
+    shift, spread, free = output[0, 6, 0, 0], output[0, 7, 0, 0], output[0, 8:, 0, 0]
+    logits = free - (made.middle[1] - 1.7 - shift).abs() / (math.log(101) / 4 * spread.exp())
     torch.testing.assert_close(made(output, before).logps[0, 1, :, 0, 0], logits.log_softmax(0))
+
+
+def test_a_spread_is_bounded_so_that_no_bin_becomes_impossible():
+    made = Categorical(EDGES, SCALE, 4)
+    output = torch.zeros(1, 12, 1, 1)
+    output[:, [1, 7]] = -50.0
+    at_most = torch.zeros_like(output)
+    at_most[:, [1, 7]] = -3.0
+    before = torch.full((1, V, 1, 1), 1.7)
+    torch.testing.assert_close(made(output, before).logps, made(at_most, before).logps)
+    assert made(output, before).logps.isfinite().all()
+
+
+def test_one_number_of_the_net_moves_the_whole_distribution():
+    made = Categorical(EDGES, SCALE, 40)
+    output = torch.zeros(1, made.outputs, 1, 1)
+    output[:, [0, 42]] = 0.8
+    before = torch.full((1, V, 1, 1), 1.7)
+    moved = made(output, before).state() - made(torch.zeros_like(output), before).state()
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.8), atol=0.06, rtol=0)
 
 
 @pytest.mark.parametrize("bins", [12, 20, 40])
@@ -159,7 +180,7 @@ def test_bins_are_drawn_as_often_as_they_are_likely():
 
 def test_mean_mode_and_state_are_those_of_the_bins():
     made = Categorical(EDGES, SCALE, 4).double()
-    logits = rand(1, 8, 1, 1)
+    logits = rand(1, made.outputs, 1, 1)
     frames = made(logits, torch.zeros(1, V, 1, 1, dtype=torch.float64))
     for v in range(V):
         p, middle = frames.probs[0, v, :, 0, 0], made.middle[v]
@@ -192,8 +213,9 @@ def test_quantiles_invert_the_exceedance():
 
 def test_a_bin_that_is_certain_has_its_quantiles_inside():
     made = Categorical(EDGES, SCALE, 4)
-    output = torch.full((1, 8, 1, 1), -1e4)
-    output[:, [1, 5]] = 1e4
+    output = torch.full((1, made.outputs, 1, 1), -1e4)
+    output[:, [0, 1, 6, 7]] = 0.0
+    output[:, [3, 9]] = 1e4
     at = made(output, torch.zeros(1, V, 1, 1)).quantiles([0.01, 0.5, 0.99])[0, :, :, 0, 0]
     assert (at > torch.tensor([15.0, 30.0])).all()
     assert (at < torch.tensor([35.0, 80.0])).all()

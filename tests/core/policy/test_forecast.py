@@ -68,7 +68,7 @@ def counted(acting, net=None):
 
 def test_the_shape_of_a_net_is_that_of_its_conditions():
     settings = ForecastRollout(bins=8, rank=2)
-    assert ForecastPolicy.shape(GIVEN[0], settings, QUANTITY) == Shape(2 * H * V + 3 + 2 + 1, 16, Y, X)
+    assert ForecastPolicy.shape(GIVEN[0], settings, QUANTITY) == Shape(2 * H * V + 3 + 2 + 1, 20, Y, X)
     assert ForecastPolicy.shape(condition(0, maps=False), settings, QUANTITY).inputs == 2 * H * V + 3 + 2
     for distribution, outputs in (("gaussian", 2), ("low_rank", 6)):
         assert (
@@ -126,7 +126,7 @@ def test_a_forecast_beyond_what_is_known_is_refused():
 
 def test_a_net_of_another_distribution_is_refused_in_words():
     other = ForecastPolicy(policy(bins=8).net, ForecastRollout(bins=9), QUANTITY)
-    with pytest.raises(ConfigError, match=r"the net gives 16 channels and rollout.distribution=categorical reads 18"):
+    with pytest.raises(ConfigError, match=r"the net gives 20 channels and rollout.distribution=categorical reads 22"):
         other.forecast(GIVEN, 1)
 
 

@@ -41,6 +41,7 @@ FURTHER = (
     *("events", "cases"),
 )
 GROUPED = (*MAIN[:-1], "events", "cases")
+SHORT = 4  # leads that a table shows before it goes on day by day; the plots show all
 
 
 def headline(rows: Sequence[Row], arms: Arms) -> dict[str, str]:
@@ -120,7 +121,8 @@ def _breakdowns(rows: Sequence[Row], arms: Arms, shown: Mapping[str, str], task:
     def of_region(i: int):
         return lambda arm: (arm.regional[:, i].sum(0), arm.regional_sums[:, i].sum(0))
 
-    leads = {f"{hour:g} h": of_lead(i) for i, hour in enumerate(_hours(arms, task))}
+    hours = _hours(arms, task)
+    leads = {f"{hour:g} h": of_lead(i) for i, hour in enumerate(hours) if i < SHORT or hour % 24 == 0}
     seasons = {name: of_season(name) for name in dict.fromkeys(row["season"] for row in rows)}
     regions = {name: of_region(i) for i, name in enumerate(task.regions.values())}
     by_class = _class_table({called: arms[name] for name, called in shown.items()}, task)

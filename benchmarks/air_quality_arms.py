@@ -47,12 +47,12 @@ from rewards.forecast.schemes import scheme_named
 
 STEPS = 50
 SUPERVISED = "supervised for as long, over the same leads"
-CELL = {"objective": {"recipe": "forecast_grpo"}}
+CELL = {"objective": {"recipe": "forecast_grpo", "beta": 0.1}}
 # {cost: {arm: changes of the config}}
 ARMS = {
     "expected_cost": {
         "cell, pooled scale": CELL,
-        "cell, group scale": {"objective": {"recipe": "forecast_grpo", "scale": "group"}},
+        "cell, group scale": {"objective": {"recipe": "forecast_grpo", "beta": 0.1, "scale": "group"}},
         "field, batch scale": {"objective": {"recipe": "grpo", "scale": "batch"}},
         "Gaussian, cell, pooled scale": CELL | {"rollout.distribution": "gaussian", "rollout.decide": "mean"},
         SUPERVISED: {},

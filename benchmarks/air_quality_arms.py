@@ -45,7 +45,7 @@ from rewards.forecast import metrics
 from rewards.forecast.fields import exceedance
 from rewards.forecast.schemes import scheme_named
 
-STEPS = 50
+STEPS = 30  # of every arm; make train takes 80
 SUPERVISED = "supervised for as long, over the same leads"
 CELL = {"objective": {"recipe": "forecast_grpo", "beta": 0.1}}
 # {cost: {arm: changes of the config}}

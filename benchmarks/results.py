@@ -32,6 +32,7 @@ def main() -> None:
     parse.add_argument("--app", required=True)
     parse.add_argument("--task", help="a variant of the app")
     parse.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parse.add_argument("--shuffled-seeds", type=int, nargs="*", help="seeds of shuffled advantages (default: all)")
     parse.add_argument(
         "--rival-seeds", type=int, nargs="*", help="seeds of random rewards and rivals (default: the first)"
     )
@@ -52,7 +53,8 @@ def main() -> None:
 
     for seed in options.seeds:
         runs.append(train(app, seed))
-        controls.setdefault("shuffled advantages", []).append(train(app, seed, "shuffled_advantages"))
+        if options.shuffled_seeds is None or seed in options.shuffled_seeds:
+            controls.setdefault("shuffled advantages", []).append(train(app, seed, "shuffled_advantages"))
         write()
     forecast = isinstance(app.acts, apps.Forecast)  # its rivals are its baselines, and benchmarks/air_quality_arms.py
     for seed in options.seeds[: 0 if forecast else 1] if options.rival_seeds is None else options.rival_seeds:

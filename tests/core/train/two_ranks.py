@@ -35,7 +35,7 @@ OPTIONS = {
 CASES = {  # every recipe of language policies whose reduction is exact
     name: {"recipe": name, **{key: value for key, value in OPTIONS.items() if key in recipe.options}}
     for name, recipe in RECIPES.items()
-    if recipe.needs <= PROVIDES and not recipe.options["reduction"].endswith("_local")
+    if recipe.all_needs <= PROVIDES and not recipe.options["reduction"].endswith("_local")
 } | {
     "gspo, token mean": {"recipe": "gspo", "reduction": "token_mean"},
     "dapo, batch scale": {"recipe": "dapo", "scale": "batch"},

@@ -7,11 +7,7 @@ holds that model's own forecasts, made in a weather forecast. The same numbers f
     archive.yaml  analysis.zarr  forcing.zarr  static.nc  obs.zarr  model.zarr
 """
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +18,7 @@ from .air_quality_grid import REGIONS, Grid, lambert, lat_lon
 from .air_quality_stations import Network
 from .air_quality_weather import ACTIVITY, DRIVERS, MEMORY_H, Climate, ar1, drivers
 from .air_quality_world import BACKGROUND, Air, World, particles
+from .folder import whole
 
 STEP_H = 6
 HISTORY = 2
@@ -62,7 +59,7 @@ def write(
     """
     if format not in ("zarr", "netcdf"):
         raise ValueError(f"format={format!r} is not known; give zarr or netcdf")
-    with _whole(folder) as partial:
+    with whole(folder, "archive") as partial:
         plane = lat_lon() if grid is None else lambert(*grid)
         first = min(_hour(split["from"]) for split in splits.values())
         last = max(_hour(split["to"]) for split in splits.values())
@@ -175,19 +172,3 @@ def _save_ground(path: Path, grid: Grid, model: World) -> None:
 def _hour(time: str) -> int:
     """Hours since 1970."""
     return int(np.datetime64(time, "h").astype(int))
-
-
-@contextmanager
-def _whole(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, which takes its name when the block ends well and goes when it does not."""
-    folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already; remove it or name another folder for the synthetic archive")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        os.rename(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

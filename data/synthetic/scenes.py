@@ -8,18 +8,15 @@ object is found by its colour alone, exactly, in the source and in the target.
 
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import numpy as np
 
+from .folder import whole
 from .scene_edits import random_thing, scene_with
 from .scene_phrases import instruction
 from .scene_shapes import COLOURS, SHAPES, TEXTURES, Scene, Thing
@@ -52,7 +49,7 @@ def write_edits(
         raise ValueError(f"weights names {sorted(unknown)}; the operations are {', '.join(WEIGHTS)}")
     if distances is None:
         distances = [round(pixels * size / 32) for pixels in (4, 6, 8)]
-    with _whole(folder) as partial:
+    with whole(folder, "pictures") as partial:
         for split, rows, share in (("train", train_rows, 0.0), ("test", test_rows, novel_share)):
             random = Random(f"edits/{seed}/{split}")
             deck, wordings = _deck(weights, rows, random), _deck({True: share, False: 1 - share}, rows, random)
@@ -86,7 +83,7 @@ def write_super_resolution(
     for scale in scales:
         if scale < 2 or size % scale:
             raise ValueError(f"scale {scale} does not shrink size={size} to whole pixels; take a divisor from 2 up")
-    with _whole(folder) as partial:
+    with whole(folder, "pictures") as partial:
         number = 0
         for split, pictures in (("train", train), ("valid", test)):
             random = Random(f"super-resolution/{seed}/{split}")
@@ -223,19 +220,3 @@ def _save(path: Path, pixels: np.ndarray) -> None:
     from PIL import Image
 
     Image.fromarray(pixels.astype(np.uint8) * 255 if pixels.dtype == bool else pixels).save(path, compress_level=1)
-
-
-@contextmanager
-def _whole(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, which takes its name when the block ends well and goes when it does not."""
-    folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already; remove it or name another folder for the synthetic pictures")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        os.rename(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -21,6 +21,7 @@ from core.run.progress import Progress
 from core.run.train import Setup, run_training
 
 COMMAND = "python -P benchmarks/air_quality_paper.py"
+MARKS = "<!-- paper -->", "<!-- /paper -->"  # where the app's README has the table
 
 
 def main() -> None:
@@ -35,8 +36,18 @@ def main() -> None:
     results = json.loads(path.read_text()) if path.exists() else {"runs": [], "controls": {}, "studies": {}}
     results["studies"]["paper"] = {"command": COMMAND, "seeds": [told(summary) for summary in runs]}
     RunFolder(path.parent).write_json(path.name, results)
-    for one in results["studies"]["paper"]["seeds"]:
-        print(json.dumps({key: one[key] for key in ("seed", "far_change", "f1_change", "rmse_ratio")}))
+    readme = apps.folder("air_quality") / "README.md"
+    head, rest = readme.read_text().split(MARKS[0])
+    page = (
+        head
+        + MARKS[0]
+        + "\n\n"
+        + table(results["studies"]["paper"]["seeds"])
+        + "\n\n"
+        + MARKS[1]
+        + rest.split(MARKS[1])[1]
+    )
+    RunFolder(readme.parent).write_text(readme.name, page)
 
 
 def run(seed: int) -> dict:
@@ -67,6 +78,34 @@ def told(summary: dict) -> dict:
         "intervals": intervals,
         "by_lead": leads,
     }
+
+
+def table(seeds: list[dict]) -> str:
+    """What the README shows of them, as `told` gives each."""
+    lines = [
+        "| seed | FAR | change | F1 | change | RMSE, times | POD | tuned threshold: FAR, F1 | Bayes decision: FAR, F1 |"
+    ]
+    lines += ["|---" * 9 + "|"]
+    for one in seeds:
+        columns = one["arms"]["columns"]
+        arms = {row[0]: dict(zip(columns, row, strict=True)) for row in one["arms"]["rows"]}
+        far = next(column for column in columns if "rate" in column)
+        change = one["intervals"]["columns"].index("after - before")
+        differences = {row[0]: row[change] for row in one["intervals"]["rows"]}
+        before, after = arms["before"], arms["after"]
+        free = [f"{arms[name][far]:.3f}, {arms[name]['F1']:.3f}" for name in ("tuned threshold", "Bayes decision")]
+        cells = [
+            f"{one['seed']}",
+            f"{before[far]:.3f} → {after[far]:.3f} ({one['far_change']:+.0%})",
+            differences[far],
+            f"{before['F1']:.3f} → {after['F1']:.3f}",
+            differences["F1"],
+            f"{one['rmse_ratio']:.2f}",
+            f"{before['POD']:.3f} → {after['POD']:.3f}",
+            *free,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,15 @@
 
 import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import air_quality_paper
 
 ROOT = Path(__file__).parents[2]
 README = " ".join((ROOT / "README.md").read_text().split())
@@ -67,3 +72,29 @@ def test_the_readme_quotes_image_editing():
     assert f"+{min(changes):.2f} to +{max(changes):.2f}".replace("0.", ".") in README
     assert min(run["ci95"][0] for run in found["runs"]) > 0.2
     assert all(run["ci95"][1] < 0 for run in found["controls"]["shuffled advantages"])
+
+
+def test_the_air_quality_readme_says_what_its_results_say():
+    readme, found = (ROOT / "apps/air_quality/README.md").read_text(), result("air_quality")
+    for run in found["runs"]:
+        best = run["best_baseline"]
+        low, high = best["ci95"]
+        assert f"{best['name']}: {best['before']:+.4f} → {best['after']:+.4f} [{low:+.4f}, {high:+.4f}]" in readme
+        assert low < 0 < high  # "every interval across 0"
+        arms = next(table for table in run["tables"] if "every arm" in table["title"])
+        before, after = (dict(zip(arms["columns"], row, strict=True)) for row in arms["rows"][:2])
+        assert all(after[name] > 1.5 * before[name] for name in ("RMSE", "CRPS"))  # "by more than half"
+    differences = [run["best_baseline"]["after"] for run in found["runs"]]
+    assert f"{min(differences):+.4f} to {max(differences):+.4f}".replace("0.", ".") in " ".join(readme.split())
+    assert air_quality_paper.table(found["studies"]["paper"]["seeds"]) in readme
+    changes = [one["far_change"] for one in found["studies"]["paper"]["seeds"]]
+    assert (
+        f"FAR falls by {-max(changes):.0%} to {-min(changes):.0%}".replace("%", " %", 2).replace(" % to", " to")
+        in readme
+    )
+    for one in found["studies"]["paper"]["seeds"]:  # "better on every seed"
+        f1, cost = (one["arms"]["columns"].index(name) for name in ("F1", "expected cost"))
+        arms = {row[0]: row for row in one["arms"]["rows"]}
+        for name in ("tuned threshold", "Bayes decision"):
+            assert arms[name][f1] > arms["after"][f1]
+            assert arms[name][cost] < arms["after"][cost]

@@ -9,10 +9,7 @@ train_others.json. The JSON is the same byte for byte for a seed; the SQLite fil
 """
 
 import json
-import os
 import re
-import shutil
-import tempfile
 from importlib.util import find_spec
 from itertools import chain, cycle
 from pathlib import Path
@@ -20,6 +17,7 @@ from random import Random
 
 from rewards.sandbox.sqlite import execute
 
+from .folder import whole
 from .spider_domains import DOMAINS, Database, sample_database
 from .spider_grammar import Draw, Unsuitable
 from .spider_lint import Linter, build
@@ -47,12 +45,7 @@ def write(
     """
     if find_spec("sqlglot") is None:
         raise ModuleNotFoundError("the synthetic Spider needs sqlglot; install it with pip install '.[sql]'")
-    folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already; remove it or name another folder for the synthetic Spider")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole(folder, "Spider") as partial:
         tables, taken = [], {}
         for split, databases, questions, novel in (
             ("train", train_databases, train_questions, 0),
@@ -72,10 +65,6 @@ def write(
             gold = "".join(f"{row['query']}\t{row['db_id']}\n" for row in rows)
             (partial / f"{split}_gold.sql").write_text(gold, encoding="utf-8")
         _write_json(partial / "tables.json", tables)
-        partial.chmod(0o755)
-        os.rename(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _new_database(number: int, held_out: bool, random: Random, taken: dict) -> Database:

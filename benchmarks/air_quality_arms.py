@@ -45,22 +45,29 @@ from rewards.forecast import metrics
 from rewards.forecast.fields import exceedance
 from rewards.forecast.schemes import scheme_named
 
-STEPS = 30  # of every arm; make train takes 80
 SUPERVISED = "supervised for as long, over the same leads"
-CELL = {"objective": {"recipe": "forecast_grpo", "beta": 0.1}}
+CELL = {"recipe": "forecast_grpo", "beta": 0.1}
+FIELD = CELL | {"credit": "rollout"}  # one reward per forecast, as in the paper
 # {cost: {arm: changes of the config}}
 ARMS = {
     "expected_cost": {
-        "cell, pooled scale": CELL,
-        "cell, group scale": {"objective": {"recipe": "forecast_grpo", "beta": 0.1, "scale": "group"}},
-        "field, batch scale": {"objective": {"recipe": "grpo", "scale": "batch"}},
-        "Gaussian, cell, pooled scale": CELL | {"rollout.distribution": "gaussian", "rollout.decide": "mean"},
+        "cell, pooled scale": {"objective": CELL},
+        "cell, group scale": {"objective": CELL | {"scale": "group"}},
+        "cell, batch scale": {"objective": CELL | {"scale": "batch"}},
+        "field, pooled scale": {"objective": FIELD},
+        "field, group scale": {"objective": FIELD | {"scale": "group"}},
+        "field, batch scale": {"objective": FIELD | {"scale": "batch"}},
+        "Gaussian, cell, pooled scale": {"rollout.distribution": "gaussian", "rollout.decide": "mean"},
+        "cell, pooled scale, shuffled advantages": {"run.control": "shuffled_advantages"},
         SUPERVISED: {},
     },
     "regional_cost": {
-        "regions, by cell": CELL | {"rewards.preset": "regional"},
+        "regions, by cell": {"rewards.preset": "regional"},
+        "regions, by field": {"rewards.preset": "regional", "objective": FIELD},
+        "regions, shuffled advantages": {"rewards.preset": "regional", "run.control": "shuffled_advantages"},
     },
 }
+TINY = apps.folder("air_quality") / "tiny.yaml"
 CHANCES = tuple(np.round(np.arange(0.08, 0.72, 0.04), 2))  # thresholds of a probability that are tried
 FACTORS = tuple(np.round(np.arange(0.6, 1.45, 0.05), 2))  # of class edges
 
@@ -75,7 +82,7 @@ def main() -> None:
         return
     study = {
         "question": __doc__.splitlines()[0],
-        "steps": STEPS,
+        "steps": configs.load(apps.find("air_quality"), TINY).optim.steps,
         "command": "python -P benchmarks/air_quality_arms.py",
         "arms": [summary(seeds, cost, name) for cost, arms in ARMS.items() for name in arms],
         "free": {
@@ -103,7 +110,7 @@ def main() -> None:
 def one_seed(seed: int) -> dict:
     """{"weeks", "free": {name: judged}, "arms": {name: judged}}, see `judge_forecasts`."""
     app = apps.find("air_quality")
-    config = configs.load(app, apps.folder(app.name) / "tiny.yaml", run__seed=seed, optim__steps=STEPS)
+    config = configs.load(app, TINY, run__seed=seed)
     place = Path("runs") / app.name / f"arms-s{seed}"
     kept, found = place / "judged.json", {"free": {}, "arms": {}}
     if kept.exists():

@@ -114,7 +114,10 @@ class ForecastRollout(Rollout):
     leads_every: int = 0  # generation batches before one lead more; 0: `leads` from the beginning
     eval_leads: int = 20
     feedback: Literal["mean", "sample"] = "mean"  # what the next lead starts from; in evaluations always the mean
-    decide: Literal["class", "mean"] = "class"  # what an evaluation announces: the likeliest class, or that of the mean
+    decide: Literal["class", "mean", "head"] = (
+        "class"  # what is announced: the likeliest class, that of the mean, or what a
+    )
+    # head of its own learns to announce, while the forecast stays what the supervised start taught it
 
 
 # By what an app's `acts` is.

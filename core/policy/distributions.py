@@ -1,8 +1,9 @@
 """What a net's output says of the next frame of a forecast: V variables on Y x X cells, of which every one is a decision.
 
-A family (`Categorical`, `Gaussian`, `LowRankGaussian`) knows classes and scales; called with the output (N, O, Y, X) of a net
-and the last frame, it gives the distribution of the next one. Nets and distributions live in s = log(1 + x / scale), in which
-a value of 5 and one of 500 are read with like care; a completion and a class are about the value x, in [0, top].
+A family (`Categorical`, `Gaussian`, `LowRankGaussian`, and `Decided`, a head of its own for the class beside one of them) knows
+classes and scales; called with the output (N, O, Y, X) of a net and the last frame, it gives the distribution of the next one.
+Nets and distributions live in s = log(1 + x / scale), in which a value of 5 and one of 500 are read with like care; a completion
+and a class are about the value x, in [0, top].
 
 An *action* is what is drawn: the number of a bin, or an s. Its value is a function of it (`values`). An output of 0 means "as
 the last frame", so that a net whose last layer starts at 0 is persistence: the Gaussians add the last frame to their mean, the
@@ -395,11 +396,90 @@ def cosines(rank: int, rows: int, columns: int) -> Tensor:
     return fields / fields.square().mean((1, 2), keepdim=True).sqrt()
 
 
+LEAST_CHANCE = 1e-4  # of a class by its forecast, so that the head can choose it too
+
+
+class Decided(Categorical):
+    """Which class is announced, by a head of its own, beside a forecast that goes on saying what it learned.
+
+        log p_c = log(probability of class c by the forecast, no gradient) + what the head adds + constant
+
+    What costs say moves the head (and the net's inner layers); values, probabilities and what is fed back are the forecast's,
+    and the divergence from a reference counts the forecast's too. A head of zeros announces as the forecast would.
+
+    An action is the number of a class. Its value is the middle of the class, in s: good for rewards of classes alone.
+    """
+
+    def __init__(self, forecast: nn.Module, edges: Sequence[Sequence[float]], scale: Scale):
+        super().__init__(edges, scale, bins=len(edges[0]) + 1)
+        self.forecast, self.edges = forecast, edges
+        self.outputs = forecast.outputs + len(edges) * self.bins
+
+    def forward(self, output: Tensor, last: Tensor, valid: Tensor | None = None) -> DecidedFrames:
+        """output (N, those of the forecast and then V * classes, Y, X), last (N, V, Y, X) in s."""
+        own, head = output.split([self.forecast.outputs, output.shape[1] - self.forecast.outputs], dim=1)
+        frames = self.forecast(own, last, valid)
+        chances = classes_of(frames.exceedance(self.edges).detach()).clamp(min=LEAST_CHANCE)
+        return DecidedFrames((chances.log() + head.unflatten(1, (-1, self.bins))).log_softmax(dim=2), self, frames)
+
+
+class DecidedFrames(CategoricalFrames):
+    """logps: of classes, (N, V, C, Y, X), the actions. All but them is said by `forecast`."""
+
+    def __init__(self, logps: Tensor, family: Decided, forecast: Distribution):
+        super().__init__(logps, family)
+        self.forecast = forecast
+
+    def announced(self) -> Tensor:
+        """The likeliest class, of equals the lowest, (N, V, Y, X)."""
+        return self.logps.argmax(dim=2)
+
+    def kl(self, other: DecidedFrames) -> Tensor:
+        """Of the decision and of the forecast: the anchor that keeps what rewards do not look at."""
+        return super().kl(other) + self.forecast.kl(other.forecast)
+
+    def error(self, values: Tensor) -> Tensor:
+        return self.forecast.error(values)
+
+    def state(self) -> Tensor:
+        return self.forecast.state()
+
+    def mean(self) -> Tensor:
+        return self.forecast.mean()
+
+    def mode(self) -> Tensor:
+        return self.forecast.mode()
+
+    def exceedance(self, edges: Sequence[Sequence[float]]) -> Tensor:
+        return self.forecast.exceedance(edges)
+
+    def quantiles(self, levels: Sequence[float]) -> Tensor:
+        return self.forecast.quantiles(levels)
+
+
+def classes_of(exceed: Tensor) -> Tensor:
+    """P(class) of P(value >= edge), (N, V, E, Y, X) -> (N, V, E + 1, Y, X)."""
+    whole, none = torch.ones_like(exceed[:, :, :1]), torch.zeros_like(exceed[:, :, :1])
+    return -torch.cat([whole, exceed, none], dim=2).diff(dim=2)
+
+
 def family(rollout: ForecastRollout, quantity: Quantity) -> nn.Module:
-    """The family that a config asks for. Raises ConfigError for more classes than bins."""
-    scale = Scale(quantity.scale, quantity.top)
+    """The family that a config asks for.
+
+    Raises ConfigError for more classes than bins, and for decide=head with feedback=sample: a class is no value to go on from.
+    """
+    scale, variables = Scale(quantity.scale, quantity.top), len(quantity.variables)
     if rollout.distribution == "categorical":
-        return Categorical(quantity.edges, scale, rollout.bins)
-    if rollout.distribution == "gaussian":
-        return Gaussian(len(quantity.variables), scale, rollout.sigma)
-    return LowRankGaussian(len(quantity.variables), scale, rollout.sigma, rollout.rank)
+        made = Categorical(quantity.edges, scale, rollout.bins)
+    elif rollout.distribution == "gaussian":
+        made = Gaussian(variables, scale, rollout.sigma)
+    else:
+        made = LowRankGaussian(variables, scale, rollout.sigma, rollout.rank)
+    if rollout.decide != "head":
+        return made
+    if rollout.feedback == "sample":
+        raise ConfigError(
+            "rollout.decide=head draws classes, which are no values to go on from (rollout.feedback=sample); "
+            "use feedback=mean or decide=class"
+        )
+    return Decided(made, quantity.edges, scale)

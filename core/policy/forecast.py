@@ -226,8 +226,8 @@ class ForecastPolicy(TrajectoryModule):
     ) -> list[np.ndarray]:
         """One completion a condition, (leads, V, Y, X) of `completion_dtype`; with averaged weights if there are. No chance.
 
-        value: the mean. level: the class announced (`settings.decide`): the most likely one, of equals the lowest, or that of
-        the mean. exceed: probability of each class edge. members: quantiles.
+        value: the mean. level: the class announced (`settings.decide`): the most likely one, of equals the lowest, by the
+        forecast or by a head of its own, or that of the mean. exceed: probability of each class edge. members: quantiles.
         """
         self._refuse_beyond(conditions, leads)
         edges, levels = self.quantity.edges, (np.arange(MEMBERS) + 0.5) / MEMBERS
@@ -239,9 +239,10 @@ class ForecastPolicy(TrajectoryModule):
                 fields = np.empty(shape, completion_dtype(len(edges[0])))
                 for lead, ahead in enumerate(self.unroll(given, leads)):
                     value, exceed = ahead.mean(), ahead.exceedance(edges)
-                    if self.settings.decide == "class":
-                        whole, none = torch.ones_like(exceed[:, :, :1]), torch.zeros_like(exceed[:, :, :1])
-                        level = (-torch.cat([whole, exceed, none], dim=2).diff(dim=2)).argmax(dim=2)
+                    if self.settings.decide == "head":
+                        level = ahead.announced()
+                    elif self.settings.decide == "class":
+                        level = distributions.classes_of(exceed).argmax(dim=2)
                     else:
                         level = (value.unsqueeze(2) >= bounds[:, :, None, None]).sum(2)
                     members = ahead.quantiles(levels).movedim(1, -1)

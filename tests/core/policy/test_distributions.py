@@ -385,6 +385,58 @@ def test_the_smooth_fields_are_the_lowest_cosines():
         cosines(9, 2, 4)
 
 
+# -- a head that decides ---------------------------------------------------------------------------------------------------
+
+
+def decided(seed=1, distribution="gaussian"):
+    settings = ForecastRollout(distribution=distribution, bins=6, rank=2, sigma=0.3, decide="head")
+    made = family(settings, Quantity(("a", "b"), EDGES)).double()
+    return made, rand(N, made.outputs, Y, X, seed=seed)
+
+
+@pytest.mark.parametrize("distribution", ["categorical", "gaussian", "low_rank"])
+def test_a_head_adds_to_the_logarithms_of_the_forecasts_chances(distribution):
+    made, output = decided(distribution=distribution)
+    frames = made(output, last())
+    inner = made.forecast(output[:, : made.forecast.outputs], last())
+    exceed = inner.exceedance(EDGES)
+    chances = torch.stack(
+        [1 - exceed[:, :, 0], exceed[:, :, 0] - exceed[:, :, 1], exceed[:, :, 1] - exceed[:, :, 2], exceed[:, :, 2]],
+        dim=2,
+    )
+    logits = chances.clamp(min=1e-4).log() + output[:, made.forecast.outputs :].view(N, V, 4, Y, X)
+    torch.testing.assert_close(frames.logps, logits.log_softmax(2))
+    assert torch.equal(frames.announced(), logits.argmax(2))
+    for name in ("state", "mean", "mode"):
+        torch.testing.assert_close(getattr(frames, name)(), getattr(inner, name)())
+    torch.testing.assert_close(frames.exceedance(EDGES), exceed)
+    torch.testing.assert_close(frames.quantiles([0.1, 0.7]), inner.quantiles([0.1, 0.7]))
+
+
+def test_an_action_of_a_head_is_a_class_and_its_value_is_in_it():
+    made, _ = decided()
+    values = torch.tensor([0.0, 14.9, 15, 34.9, 35, 74.9, 75, 900]).expand(V, 1, 8)
+    assert made.actions(values)[0].tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]]
+    classes = torch.arange(4, dtype=torch.int16).expand(V, 1, 4)
+    assert torch.equal(made.actions(made.values(classes)), classes)
+
+
+def test_what_a_decision_is_credited_with_does_not_move_the_forecast_but_the_anchor_holds_it():
+    made, output = decided()
+    output.requires_grad_()
+    frames, other = made(output, last()), made(decided(seed=2)[1], last())
+    classes = torch.randint(4, (N, V, Y, X), generator=torch.Generator().manual_seed(0)).to(torch.int16)
+    (gradient,) = torch.autograd.grad(frames.log_prob(classes).sum(), output, retain_graph=True)
+    assert float(gradient[:, :V].abs().max()) == 0
+    assert float(gradient[:, V:].abs().min()) > 0
+    choice = known.kl_divergence(*(known.Categorical(logits=one.logps.movedim(2, -1)) for one in (frames, other)))
+    torch.testing.assert_close(frames.kl(other), choice + frames.forecast.kl(other.forecast))
+    (gradient,) = torch.autograd.grad(frames.kl(other).sum(), output)
+    assert float(gradient[:, :V].abs().min()) > 0
+    value = 20 * rand(N, V, Y, X, seed=9).abs()
+    torch.testing.assert_close(frames.error(value), frames.forecast.error(value))
+
+
 # -- all ------------------------------------------------------------------------------------------------------------------
 
 
@@ -409,8 +461,9 @@ def test_gradients_are_those_of_finite_differences(distribution, what):
         assert torch.autograd.gradcheck(function, output)
 
 
+@pytest.mark.parametrize("decide", ["class", "head"])
 @pytest.mark.parametrize("distribution", ["categorical", "gaussian", "low_rank"])
-def test_nothing_diverges_from_itself(distribution):
-    made = family(ForecastRollout(distribution=distribution), Quantity(("a", "b"), EDGES))
+def test_nothing_diverges_from_itself(distribution, decide):
+    made = family(ForecastRollout(distribution=distribution, decide=decide), Quantity(("a", "b"), EDGES))
     frames = made(rand(N, made.outputs, Y, X).float(), last().float())
     assert float(frames.kl(frames).abs().max()) < 1e-6

@@ -46,6 +46,10 @@ def policy(net="unet", half=False, stir=0.3, **settings):
     return ForecastPolicy(made, settings, QUANTITY, half=half)
 
 
+def rand_like(tensor, by=0.3):
+    return by * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1))
+
+
 def moved(acting, by=0.05):
     """The same policy a little later."""
     later = copy.deepcopy(acting)
@@ -132,14 +136,22 @@ def test_a_net_of_another_distribution_is_refused_in_words():
 
 # -- rollouts -------------------------------------------------------------------------------------------------------------
 
-KINDS = pytest.mark.parametrize("distribution", ["categorical", "gaussian", "low_rank"])
+SETTINGS = {name: {"distribution": name} for name in ("categorical", "gaussian", "low_rank")}
+SETTINGS["head"] = {"distribution": "gaussian", "decide": "head"}
+KINDS = pytest.mark.parametrize("kind", SETTINGS)
 FED = pytest.mark.parametrize("feedback", ["mean", "sample"])
+
+
+def fed_policy(kind, feedback, net="unet"):
+    if kind == "head" and feedback == "sample":
+        pytest.skip("a class is no value to go on from")
+    return policy(net, feedback=feedback, **SETTINGS[kind])
 
 
 @KINDS
 @FED
-def test_a_rollout_does_not_depend_on_batches_or_on_other_prompts(distribution, feedback):
-    acting = policy(distribution=distribution, feedback=feedback)
+def test_a_rollout_does_not_depend_on_batches_or_on_other_prompts(kind, feedback):
+    acting = fed_policy(kind, feedback)
     whole = acting.rollout(GIVEN, 4, SEEDS)
     for size in (1, 2, 5):
         split = acting.rollout(GIVEN, 4, SEEDS, batch_size=size)
@@ -162,9 +174,9 @@ def test_no_pass_of_a_rollout_has_more_rows_than_asked_for():
 
 
 @KINDS
-def test_a_group_is_as_many_separate_runs_of_its_condition(distribution):
+def test_a_group_is_as_many_separate_runs_of_its_condition(kind):
     """Slow and separate: each rollout with a net pass of its own, its own noise, its own frames."""
-    acting = policy(distribution=distribution)
+    acting = policy(**SETTINGS[kind])
     made, size = acting.rollout(GIVEN[:1], 4, [7]), V * Y * X
     generator = torch.Generator().manual_seed(7)
     noise = [acting.family.noise(4, (V, Y, X), generator) for _ in range(3)]
@@ -259,8 +271,8 @@ def test_a_longer_rollout_begins_as_a_shorter_one():
 @KINDS
 @FED
 @pytest.mark.parametrize("net", NETS)
-def test_the_policy_that_acted_weighs_its_acts_alike(net, distribution, feedback):
-    acting = policy(net, distribution=distribution, feedback=feedback)
+def test_the_policy_that_acted_weighs_its_acts_alike(net, kind, feedback):
+    acting = fed_policy(kind, feedback, net)
     made = acting.rollout(GIVEN, 4, SEEDS)
     ratio = (acting(made).logps - made.logps).exp()
     assert float((ratio.detach() - 1).abs().max()) < 1e-5
@@ -377,8 +389,8 @@ def test_half_precision_weighs_as_it_acts():
 
 
 @KINDS
-def test_a_forecast_is_a_structured_completion(distribution):
-    acting = policy(distribution=distribution)
+def test_a_forecast_is_a_structured_completion(kind):
+    acting = policy(**SETTINGS[kind])
     made = acting.forecast(GIVEN, LEADS)
     assert len(made) == 3
     assert made[0].shape == (LEADS, V, Y, X)
@@ -396,8 +408,8 @@ def test_a_forecast_is_a_structured_completion(distribution):
 
 
 @KINDS
-def test_fields_of_a_completion_are_those_of_the_distribution(distribution):
-    acting = policy(distribution=distribution)
+def test_fields_of_a_completion_are_those_of_the_distribution(kind):
+    acting = policy(**SETTINGS[kind])
     made = acting.forecast(GIVEN, 2)
     given = acting.encode(GIVEN)
     with torch.no_grad():
@@ -407,7 +419,8 @@ def test_fields_of_a_completion_are_those_of_the_distribution(distribution):
             p = frames.exceedance(QUANTITY.edges).movedim(2, -1)
             np.testing.assert_allclose([m["exceed"][lead] for m in made], p, atol=1e-3)
             sides = np.concatenate([np.ones((3, V, Y, X, 1)), p.numpy(), np.zeros((3, V, Y, X, 1))], axis=-1)
-            np.testing.assert_array_equal([m["level"][lead] for m in made], (-np.diff(sides)).argmax(-1))
+            levels = frames.announced() if kind == "head" else (-np.diff(sides)).argmax(-1)
+            np.testing.assert_array_equal([m["level"][lead] for m in made], levels)
             middle = frames.quantiles([7 / 16, 9 / 16])
             np.testing.assert_allclose([m["members"][lead, ..., 3] for m in made], middle[:, 0], rtol=2e-3, atol=1e-3)
             given = acting.advance(given, frames.state())
@@ -420,6 +433,26 @@ def test_what_is_announced_is_the_likeliest_class_or_that_of_the_mean():
         for v, edges in enumerate(QUANTITY.edges):
             np.testing.assert_array_equal(other["level"][:, v], np.digitize(other["value"][:, v], edges))
     assert (np.stack(by_class)["level"] != np.stack(by_mean)["level"]).any()
+
+
+def test_a_head_announces_what_its_forecast_would_until_it_learns():
+    plain, headed = (policy(distribution="gaussian", decide=decide, stir=0.0) for decide in ("class", "head"))
+    with torch.no_grad():
+        for net in (plain.net, headed.net):
+            net.leave.weight[:V].copy_(rand_like(net.leave.weight[:V]))
+    for one, other in zip(plain.forecast(GIVEN, LEADS), headed.forecast(GIVEN, LEADS), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with torch.no_grad():  # the head alone: the second class whatever is forecast
+        headed.net.leave.bias[V:].copy_(torch.tensor([0.0, 50, 0, 0] * V))
+    for one, other in zip(plain.forecast(GIVEN, LEADS), headed.forecast(GIVEN, LEADS), strict=True):
+        assert (other["level"] == 1).all()
+        for name in ("value", "exceed", "members"):
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_a_class_is_no_value_to_go_on_from():
+    with pytest.raises(ConfigError, match=r"decide=head draws classes, .*use feedback=mean or decide=class"):
+        policy(decide="head", feedback="sample")
 
 
 def test_a_forecast_goes_on_from_its_mean_whatever_rollouts_feed_back():
@@ -465,7 +498,7 @@ def test_averaged_weights_are_what_forecasts_and_is_saved(tmp_path):
 
 
 @KINDS
-def test_asymmetric_costs_move_the_announced_class(distribution):
+def test_asymmetric_costs_move_the_announced_class(kind):
     """REINFORCE with a group mean. Half the truths are "good", half "moderate", and nothing tells which.
 
     Then the cheaper mistake is the one to make: 1 where misses cost ten times false alarms, 0 where it is the other way.
@@ -474,7 +507,8 @@ def test_asymmetric_costs_move_the_announced_class(distribution):
     given = [c | {"history": np.broadcast_to(0.98 * edge, (H, V, Y, X))} for c in GIVEN]
     announced = {}
     for miss, false_alarm in ((1.0, 0.1), (0.1, 1.0)):
-        acting, chance = policy(distribution=distribution, stir=0.0, leads=1), np.random.default_rng(0)
+        acting, chance = policy(**SETTINGS[kind], stir=0.0, leads=1), np.random.default_rng(0)
+        untrained = acting.forecast(given, 1)
         optimizer = torch.optim.Adam(acting.net.parameters(), lr=0.01)
         for step in range(25):
             made = acting.rollout(given, 8, [seed + 100 * step for seed in SEEDS])
@@ -486,5 +520,8 @@ def test_asymmetric_costs_move_the_announced_class(distribution):
             (-(advantage * acting(made).logps).mean()).backward()
             optimizer.step()
         announced[miss] = np.mean([fields["level"] >= 1 for fields in acting.forecast(given, 1)])
+        if kind == "head":
+            for fields, before in zip(acting.forecast(given, 1), untrained, strict=True):
+                np.testing.assert_array_equal(fields["value"], before["value"], "costs move the decision alone")
     assert announced[1.0] > 0.95
     assert announced[0.1] < 0.05

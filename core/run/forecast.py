@@ -89,7 +89,8 @@ class ForecastActor(TrajectoryActor):
     def start_needs(cls, config: Config) -> list[Any]:
         rollout = config.rollout
         of = {"categorical": ("bins",), "gaussian": ("sigma",), "low_rank": ("sigma", "rank")}[rollout.distribution]
-        return [rollout.distribution, rollout.start_leads, *(getattr(rollout, name) for name in of)]
+        head = ["head"] * (rollout.decide == "head")  # more outputs of the net
+        return [rollout.distribution, rollout.start_leads, *(getattr(rollout, name) for name in of), *head]
 
     def imitate(
         self,

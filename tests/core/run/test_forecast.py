@@ -275,7 +275,7 @@ def test_a_start_is_shared_by_what_does_not_change_it_and_no_other(tides, home):
     others = [
         path("rollout.start_leads=3"), path("rollout.bins=9"), path("task.weighting=alerts"), path("run.seed=1"), path(gaussian),
         path(gaussian, "rollout.sigma=0.5"), path("rollout.distribution=low_rank"),
-        path("rollout.distribution=low_rank", "rollout.rank=3"), path("data.validation="),
+        path("rollout.distribution=low_rank", "rollout.rank=3"), path("data.validation="), path("rollout.decide=head"),
     ]  # fmt: skip
     assert len({first, *others}) == 1 + len(others)
     assert path(gaussian, "rollout.bins=9") == others[4]

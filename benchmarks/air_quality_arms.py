@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,10 @@ from core.train.warmup import quiet
 from rewards.forecast import metrics
 from rewards.forecast.fields import exceedance
 from rewards.forecast.schemes import scheme_named
+
+sys.path.insert(0, str(Path(__file__).parent))  # started with -P
+
+import readme
 
 SUPERVISED = "supervised for as long, over the same leads"
 CELL = {"recipe": "forecast_grpo", "beta": 0.1}
@@ -98,10 +103,9 @@ def main() -> None:
     results = json.loads(path.read_text()) if path.exists() else {"runs": [], "controls": {}, "studies": {}}
     results["studies"]["grpo_against_free_decisions"] = study
     RunFolder(path.parent).write_json(path.name, results)
-    for arm in study["arms"]:
-        print(
-            f"{arm['arm']:32} {arm['cost']:15} {arm['mean']:.4f} less best free {arm['difference']:+.5f} {arm['ci95']}"
-        )
+    draw(study)
+    readme.rewrite("air_quality", "arms", table(study))
+    print(table(study))
 
 
 # -- one seed ---------------------------------------------------------------------------------------------------------------
@@ -296,6 +300,52 @@ def summary(seeds: Mapping[int, dict], cost: str, arm: str) -> dict:
 
 
 NOT_RIVALS = ("analysis model",)  # it had a weather forecast; shown, not counted as a decision
+
+
+def table(study: Mapping) -> str:
+    """What the README shows of a study."""
+    lines = [
+        "| arm | cost | start | after | best free | after less best free | POD above the start's ROC |",
+        "|---" * 7 + "|",
+    ]
+    for arm in study["arms"]:
+        free = np.mean([seed["best_free_cost"] for seed in arm["by_seed"]])
+        start = np.mean(study["start"][arm["cost"]])
+        told = [f"{arm[key]:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+                for key, (low, high), digits in (("difference", arm["ci95"], 4),
+                                                 ("pod_above_roc", arm["pod_above_roc_ci95"], 3))]  # fmt: skip
+        cells = [arm["arm"], arm["cost"], *(f"{value:.4f}" for value in (start, arm["mean"], free)), *told]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(study: Mapping) -> None:
+    """results/air_quality_arms.svg: the cost of each arm less that of the best free decision, a dot a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    arms = study["arms"]
+    figure = Figure(figsize=(9, 0.4 * len(arms) + 1.2), layout="constrained")
+    axes = figure.add_subplot()
+    for y, arm in enumerate(arms):
+        colour = "#1c6ea4" if arm["cost"] == "expected_cost" else "#b5541c"
+        axes.plot(arm["ci95"], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt")
+        axes.plot(
+            [seed["difference"] for seed in arm["by_seed"]], [y] * len(arm["by_seed"]), "o", color=colour, markersize=3
+        )
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(arms)), [arm["arm"] for arm in arms])
+    axes.invert_yaxis()
+    axes.set_xlabel(
+        "cost less that of the best free decision, test year (95 % interval over seeds; one dot a seed; less is better)\n"
+        "blue: expected cost by cell; brown: cost of regional alerts"
+    )
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig("results/air_quality_arms.svg", metadata={"Date": None})
 
 
 def interval(name: str, values: np.ndarray) -> dict:

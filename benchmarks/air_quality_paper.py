@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from core import app as apps
@@ -20,8 +21,11 @@ from core.run.folder import RunFolder
 from core.run.progress import Progress
 from core.run.train import Setup, run_training
 
+sys.path.insert(0, str(Path(__file__).parent))  # started with -P
+
+import readme
+
 COMMAND = "python -P benchmarks/air_quality_paper.py"
-MARKS = "<!-- paper -->", "<!-- /paper -->"  # where the app's README has the table
 
 
 def main() -> None:
@@ -36,18 +40,7 @@ def main() -> None:
     results = json.loads(path.read_text()) if path.exists() else {"runs": [], "controls": {}, "studies": {}}
     results["studies"]["paper"] = {"command": COMMAND, "seeds": [told(summary) for summary in runs]}
     RunFolder(path.parent).write_json(path.name, results)
-    readme = apps.folder("air_quality") / "README.md"
-    head, rest = readme.read_text().split(MARKS[0])
-    page = (
-        head
-        + MARKS[0]
-        + "\n\n"
-        + table(results["studies"]["paper"]["seeds"])
-        + "\n\n"
-        + MARKS[1]
-        + rest.split(MARKS[1])[1]
-    )
-    RunFolder(readme.parent).write_text(readme.name, page)
+    readme.rewrite("air_quality", "paper", table(results["studies"]["paper"]["seeds"]))
 
 
 def run(seed: int) -> dict:

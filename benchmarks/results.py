@@ -25,6 +25,7 @@ from core.run.train import Setup, run_training
 sys.path.insert(0, str(Path(__file__).parent))  # started with -P
 
 import equal_time
+import readme
 
 
 def main() -> None:
@@ -99,13 +100,9 @@ def rivals(app, seed: int, reference: dict) -> dict[str, dict]:
 
 def tell(app, results: dict) -> None:
     """The tables of the app's README, between the two marks of the app or its variant."""
-    readme, name = apps.folder(app.name) / "README.md", f"results {app.variant}".rstrip()
-    marks = f"<!-- {name} -->", f"<!-- /{name} -->"
-    head, rest = readme.read_text().split(marks[0])
-    tail = rest.split(marks[1])[1]
     metric, lower = results["runs"][0]["metric"], results["runs"][0]["better"] == "lower"
     told = f"{metric}, less is better" if lower else metric
-    lines = ["", f"### Figures (`{results['command']}`, {results['runs'][0]['n']} held-out rows, {told})", ""]
+    lines = [f"### Figures (`{results['command']}`, {results['runs'][0]['n']} held-out rows, {told})", ""]
     lines += ["| arm | seed | before | after | change, 95 % interval | sampled before, after | update size |"]
     lines += ["|---" * 7 + "|"]
     for arm, summaries in {"GRPO": results["runs"], **results["controls"]}.items():
@@ -140,8 +137,8 @@ def tell(app, results: dict) -> None:
         ]
         lines.append(f"| less the best free one | {' | '.join(cells)} |")
     spent = [sum(v for k, v in run["seconds"].items() if k != "warmup_made") for run in results["runs"]]
-    lines += ["", f"Seconds in all, of each seed: {', '.join(f'{v:.0f}' for v in spent)}.", ""]
-    RunFolder(readme.parent).write_text(readme.name, head + marks[0] + "\n".join(["", *lines]) + marks[1] + tail)
+    lines += ["", f"Seconds in all, of each seed: {', '.join(f'{v:.0f}' for v in spent)}."]
+    readme.rewrite(app.name, f"results {app.variant}".rstrip(), "\n".join(lines))
 
 
 def draw(name: str, results: dict) -> None:

@@ -77,6 +77,31 @@ def test_a_point_above_the_roc_is_measured_at_its_own_false_alarm_rate():
     assert one["pod_above_roc"] == pytest.approx(0.7 - 0.5)  # the curve has POD .5 at .1
 
 
+def test_the_table_and_the_figure_hold_every_arm_with_its_interval(tmp_path, monkeypatch):
+    seeds = {0: seed(0.10, 0.12), 1: seed(0.14, 0.12)}
+    study = {
+        "arms": [arms.summary(seeds, cost, name) for cost, group in arms.ARMS.items() for name in group],
+        "start": {cost: [0.2, 0.4] for cost in arms.ARMS},
+    }
+    lines = arms.table(study).splitlines()
+    assert len(lines) == 2 + sum(len(group) for group in arms.ARMS.values())
+    assert lines[2].startswith(
+        "| cell, pooled scale | expected_cost | 0.3000 | 0.1200 | 0.1200 | +0.0000 [-0.2541, +0.2541] | +0.200 ["
+    )
+    (tmp_path / "results").mkdir()
+    monkeypatch.chdir(tmp_path)
+    arms.draw(study)
+    assert (tmp_path / "results/air_quality_arms.svg").stat().st_size > 10_000
+
+
+def test_a_table_takes_the_place_between_its_marks_and_no_other(tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    page.write_text("a <!-- x --> old <!-- /x --> b <!-- x y --> kept <!-- /x y -->\n")
+    monkeypatch.setattr(arms.readme.apps, "folder", lambda app: tmp_path)
+    arms.readme.rewrite("any", "x", "new")
+    assert page.read_text() == "a <!-- x -->\n\nnew\n\n<!-- /x --> b <!-- x y --> kept <!-- /x y -->\n"
+
+
 def test_a_mean_weighs_rows_by_their_cases():
     assert arms.mean([[1.0, 1.0], [0.0, 3.0], [9.0, 0.0]]) == 0.25
 

@@ -397,12 +397,13 @@ def cosines(rank: int, rows: int, columns: int) -> Tensor:
 
 
 LEAST_CHANCE = 1e-4  # of a class by its forecast, so that the head can choose it too
+GAIN = 25.0  # of a head's outputs: as logits they would move less in a hundred updates than costs ask for
 
 
 class Decided(Categorical):
     """Which class is announced, by a head of its own, beside a forecast that goes on saying what it learned.
 
-        log p_c = log(probability of class c by the forecast, no gradient) + what the head adds + constant
+        log p_c = log(probability of class c by the forecast, no gradient) + GAIN * what the head adds + constant
 
     What costs say moves the head (and the net's inner layers); values, probabilities and what is fed back are the forecast's,
     and the divergence from a reference counts the forecast's too. A head of zeros announces as the forecast would.
@@ -420,7 +421,9 @@ class Decided(Categorical):
         own, head = output.split([self.forecast.outputs, output.shape[1] - self.forecast.outputs], dim=1)
         frames = self.forecast(own, last, valid)
         chances = classes_of(frames.exceedance(self.edges).detach()).clamp(min=LEAST_CHANCE)
-        return DecidedFrames((chances.log() + head.unflatten(1, (-1, self.bins))).log_softmax(dim=2), self, frames)
+        return DecidedFrames(
+            (chances.log() + GAIN * head.unflatten(1, (-1, self.bins))).log_softmax(dim=2), self, frames
+        )
 
 
 class DecidedFrames(CategoricalFrames):

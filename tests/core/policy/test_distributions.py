@@ -10,6 +10,7 @@ from torch import distributions as known
 from core.app import Quantity
 from core.config import ConfigError, ForecastRollout
 from core.policy.distributions import (
+    GAIN,
     Categorical,
     CategoricalFrames,
     Gaussian,
@@ -391,7 +392,9 @@ def test_the_smooth_fields_are_the_lowest_cosines():
 def decided(seed=1, distribution="gaussian"):
     settings = ForecastRollout(distribution=distribution, bins=6, rank=2, sigma=0.3, decide="head")
     made = family(settings, Quantity(("a", "b"), EDGES)).double()
-    return made, rand(N, made.outputs, Y, X, seed=seed)
+    output = rand(N, made.outputs, Y, X, seed=seed)
+    output[:, made.forecast.outputs :] /= GAIN
+    return made, output
 
 
 @pytest.mark.parametrize("distribution", ["categorical", "gaussian", "low_rank"])
@@ -404,7 +407,7 @@ def test_a_head_adds_to_the_logarithms_of_the_forecasts_chances(distribution):
         [1 - exceed[:, :, 0], exceed[:, :, 0] - exceed[:, :, 1], exceed[:, :, 1] - exceed[:, :, 2], exceed[:, :, 2]],
         dim=2,
     )
-    logits = chances.clamp(min=1e-4).log() + output[:, made.forecast.outputs :].view(N, V, 4, Y, X)
+    logits = chances.clamp(min=1e-4).log() + GAIN * output[:, made.forecast.outputs :].view(N, V, 4, Y, X)
     torch.testing.assert_close(frames.logps, logits.log_softmax(2))
     assert torch.equal(frames.announced(), logits.argmax(2))
     for name in ("state", "mean", "mode"):

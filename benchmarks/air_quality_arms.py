@@ -115,7 +115,7 @@ def main() -> None:
 def one_seed(seed: int) -> dict:
     """{"weeks", "free": {name: judged}, "arms": {name: judged}}, see `judge_forecasts`."""
     app = apps.find("air_quality")
-    config = configs.load(app, TINY, run__seed=seed)
+    config = configs.load(app, TINY, run__seed=seed, rollout__decide="class")
     place = Path("runs") / app.name / f"arms-s{seed}"
     kept, found = place / "judged.json", {"free": {}, "arms": {}}
     if kept.exists():

@@ -195,6 +195,7 @@ APP = App(
         "paper": {
             "task.weighting": "class",
             "task.costs": "paper",
+            "rollout.decide": "class",
             "rollout.leads": 8,
             "rollout.first_leads": 3,
             "rollout.leads_every": 10,

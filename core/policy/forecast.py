@@ -118,7 +118,7 @@ class ForecastPolicy(TrajectoryModule):
         if output.shape[1] != self.family.outputs:
             raise ConfigError(
                 f"the net gives {output.shape[1]} channels and rollout.distribution={self.settings.distribution} reads "
-                f"{self.family.outputs}; set distribution, bins and rank as in the run that made the net"
+                f"{self.family.outputs}; set distribution, decide, bins and rank as in the run that made the net"
             )
         return output.float(), memory
 

@@ -116,8 +116,8 @@ class FakeRivals:
         self.start, self.kept = FakeActor(0.5), {}
         self.actors = {
             "none": self.start,
-            "gaussian none": FakeActor(0.4, bias=0.7),
-            "gaussian class": FakeActor(0.4, bias=2.0),
+            "gaussian mean none": FakeActor(0.4, bias=0.7),
+            "gaussian mean class": FakeActor(0.4, bias=2.0),
         }
 
     def shared(self, key, make):

@@ -98,7 +98,10 @@ def test_a_baseline_gives_a_whole_structured_forecast_a_row_and_sees_no_truth_of
 
 
 def test_plain_and_weighted_starts_announce_the_class_of_their_mean(rivals):
-    for baseline, name in ((baselines.plain_mse, "gaussian none"), (baselines.class_weighted, "gaussian class")):
+    for baseline, name in (
+        (baselines.plain_mse, "gaussian mean none"),
+        (baselines.class_weighted, "gaussian mean class"),
+    ):
         for row, forecast in zip(rivals.test, baseline(rivals), strict=True):
             value = rivals.actors[name].forecast(row)["value"]
             np.testing.assert_array_equal(forecast["value"], value)
@@ -114,7 +117,7 @@ def on_validation(rivals, baseline):
 
 
 def test_tuned_thresholds_are_the_best_there_are_on_validation(rivals):
-    rows, actor = rivals.validation, rivals.actors["gaussian none"]
+    rows, actor = rivals.validation, rivals.actors["gaussian mean none"]
     forecasts = [actor.forecast(row)["value"] for row in rows]
     observed = np.stack([row["window"].observed() for row in rows])
     value = np.stack(forecasts)
@@ -144,7 +147,7 @@ def test_quantile_mapping_gives_the_validation_rows_the_distribution_that_was_ob
 
 
 def test_quantile_mapping_shifts_what_lies_beyond_and_stays_above_zero(air, rivals):
-    actor = rivals.actors["gaussian none"]
+    actor = rivals.actors["gaussian mean none"]
     actor.bias = 3.0  # so that the lowest values are shifted down
     forecasts = baselines.quantile_mapping(rivals)
     largest = max(actor.forecast(row)["value"][0, 0].max() for row in rivals.validation)
@@ -241,8 +244,8 @@ def test_a_start_forecasts_the_rows_once_for_all_that_use_it(rivals):
     for baseline in LEARNED:
         list(baseline(rivals))
     both = len(rivals.validation) + len(rivals.test)
-    assert rivals.actors["gaussian none"].asked == rivals.start.asked == both
-    assert rivals.actors["gaussian class"].asked == len(rivals.test)
+    assert rivals.actors["gaussian mean none"].asked == rivals.start.asked == both
+    assert rivals.actors["gaussian mean class"].asked == len(rivals.test)
 
 
 @pytest.mark.parametrize("baseline", LEARNED, ids=lambda baseline: baseline.__name__)

@@ -62,7 +62,7 @@ ARMS = {
         "field, pooled scale": {"objective": FIELD},
         "field, group scale": {"objective": FIELD | {"scale": "group"}},
         "field, batch scale": {"objective": FIELD | {"scale": "batch"}},
-        "a head of its own, cell, pooled scale": {"rollout.decide": "head"},
+        "a head of its own, from the Bayes decision": {"rollout.decide": "head"},
         "Gaussian, cell, pooled scale": {"rollout.distribution": "gaussian", "rollout.decide": "mean"},
         "cell, pooled scale, shuffled advantages": {"run.control": "shuffled_advantages"},
         SUPERVISED: {},

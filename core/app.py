@@ -74,18 +74,24 @@ class Quantity:
 
     edges: class edges of each variable, ascending, equally many, above 0 and below `top`; class k of a value is the number
     of edges <= it, so that classes are [lo, hi). scale: nets see s = log(1 + x / scale). top: the greatest value there is.
-    scale, top and edges have the unit of the variables.
+    scale, top and edges have the unit of the variables. costs: C[observed, announced] of every two classes, in [0, 1], for a
+    head that decides (`rollout.decide: head`); None: 1 for every wrong class.
     """
 
     variables: tuple[str, ...]
     edges: tuple[tuple[float, ...], ...]
     scale: float = 10.0
     top: float = 1000.0
+    costs: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.edges) != len(self.variables) or len(set(map(len, self.edges))) != 1 or not self.edges[0]:
             raise ValueError(
                 f"{len(self.variables)} variables have class edges {self.edges}; give each equally many, at least one"
+            )
+        if self.costs is not None and {len(self.costs), *map(len, self.costs)} != {len(self.edges[0]) + 1}:
+            raise ValueError(
+                f"costs={self.costs} are no square of {len(self.edges[0]) + 1} classes; give C[observed, announced]"
             )
         if not self.scale > 0:
             raise ValueError(f"scale={self.scale} must be above 0")

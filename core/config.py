@@ -114,10 +114,9 @@ class ForecastRollout(Rollout):
     leads_every: int = 0  # generation batches before one lead more; 0: `leads` from the beginning
     eval_leads: int = 20
     feedback: Literal["mean", "sample"] = "mean"  # what the next lead starts from; in evaluations always the mean
-    decide: Literal["class", "mean", "head"] = (
-        "class"  # what is announced: the likeliest class, that of the mean, or what a
-    )
-    # head of its own learns to announce, while the forecast stays what the supervised start taught it
+    # What is announced: the likeliest class, that of the mean, or what a head of its own learns to announce, from the Bayes
+    # decision on, while the forecast stays what the supervised start learned.
+    decide: Literal["class", "mean", "head"] = "class"
 
 
 # By what an app's `acts` is.

@@ -66,8 +66,8 @@ def quantity(options: Options) -> Quantity:
             f"weighting=class has weights for {len(PAPER_WEIGHTS)} classes and scheme={options.scheme} has "
             f"{len(scheme.classes)}; use scheme=korea or weighting=none"
         )
-    rewards.cost_matrix(options.costs, scheme)  # for its refusals
-    return Quantity(VARIABLES, scheme.of(VARIABLES))
+    costs = rewards.cost_matrix(options.costs, scheme)
+    return Quantity(VARIABLES, scheme.of(VARIABLES), costs=tuple(map(tuple, costs.tolist())))
 
 
 def gold(row: Row) -> np.ndarray:

@@ -396,34 +396,46 @@ def cosines(rank: int, rows: int, columns: int) -> Tensor:
     return fields / fields.square().mean((1, 2), keepdim=True).sqrt()
 
 
-LEAST_CHANCE = 1e-4  # of a class by its forecast, so that the head can choose it too
+TEMPERATURE = (
+    0.03  # of the first announcements: of two, the one that is expected to cost this much more is e times rarer
+)
 GAIN = 25.0  # of a head's outputs: as logits they would move less in a hundred updates than costs ask for
 
 
 class Decided(Categorical):
     """Which class is announced, by a head of its own, beside a forecast that goes on saying what it learned.
 
-        log p_c = log(probability of class c by the forecast, no gradient) + GAIN * what the head adds + constant
+        log p_a = -sum_c C[c, a] P(class c by the forecast, no gradient) / TEMPERATURE + GAIN * what the head adds + constant
 
-    What costs say moves the head (and the net's inner layers); values, probabilities and what is fed back are the forecast's,
-    and the divergence from a reference counts the forecast's too. A head of zeros announces as the forecast would.
+    A head of zeros most often announces what costs least by the forecast, the Bayes decision; rewards move it from there, and
+    with it the net's inner layers. Values, probabilities and what is fed back are the forecast's, and the divergence from a
+    reference counts the forecast's too.
 
     An action is the number of a class. Its value is the middle of the class, in s: good for rewards of classes alone.
+    costs: (C, C), [observed, announced]; None: 1 for every wrong class, so that the likeliest class costs least. Ours.
     """
 
-    def __init__(self, forecast: nn.Module, edges: Sequence[Sequence[float]], scale: Scale):
+    def __init__(
+        self,
+        forecast: nn.Module,
+        edges: Sequence[Sequence[float]],
+        scale: Scale,
+        costs: Sequence[Sequence[float]] | None = None,
+    ):
         super().__init__(edges, scale, bins=len(edges[0]) + 1)
         self.forecast, self.edges = forecast, edges
         self.outputs = forecast.outputs + len(edges) * self.bins
+        costs = 1 - torch.eye(self.bins) if costs is None else torch.tensor(costs)
+        self.register_buffer("costs", costs.float(), persistent=False)
 
     def forward(self, output: Tensor, last: Tensor, valid: Tensor | None = None) -> DecidedFrames:
         """output (N, those of the forecast and then V * classes, Y, X), last (N, V, Y, X) in s."""
         own, head = output.split([self.forecast.outputs, output.shape[1] - self.forecast.outputs], dim=1)
         frames = self.forecast(own, last, valid)
-        chances = classes_of(frames.exceedance(self.edges).detach()).clamp(min=LEAST_CHANCE)
-        return DecidedFrames(
-            (chances.log() + GAIN * head.unflatten(1, (-1, self.bins))).log_softmax(dim=2), self, frames
-        )
+        chances = classes_of(frames.exceedance(self.edges).detach())
+        expected = torch.einsum("nvcyx,ca->nvayx", chances, self.costs)
+        logits = GAIN * head.unflatten(1, (-1, self.bins)) - expected / TEMPERATURE
+        return DecidedFrames(logits.log_softmax(dim=2), self, frames)
 
 
 class DecidedFrames(CategoricalFrames):
@@ -485,4 +497,4 @@ def family(rollout: ForecastRollout, quantity: Quantity) -> nn.Module:
             "rollout.decide=head draws classes, which are no values to go on from (rollout.feedback=sample); "
             "use feedback=mean or decide=class"
         )
-    return Decided(made, quantity.edges, scale)
+    return Decided(made, quantity.edges, scale, quantity.costs)

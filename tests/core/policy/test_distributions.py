@@ -11,6 +11,7 @@ from core.app import Quantity
 from core.config import ConfigError, ForecastRollout
 from core.policy.distributions import (
     GAIN,
+    TEMPERATURE,
     Categorical,
     CategoricalFrames,
     Gaussian,
@@ -389,31 +390,49 @@ def test_the_smooth_fields_are_the_lowest_cosines():
 # -- a head that decides ---------------------------------------------------------------------------------------------------
 
 
-def decided(seed=1, distribution="gaussian"):
+COSTS = ((0.0, 0.1, 0.4, 0.6), (0.1, 0.0, 0.3, 0.5), (0.8, 0.7, 0.0, 0.2), (1.0, 0.9, 0.4, 0.0))
+
+
+def decided(seed=1, distribution="gaussian", costs=COSTS):
     settings = ForecastRollout(distribution=distribution, bins=6, rank=2, sigma=0.3, decide="head")
-    made = family(settings, Quantity(("a", "b"), EDGES)).double()
+    made = family(settings, Quantity(("a", "b"), EDGES, costs=costs)).double()
     output = rand(N, made.outputs, Y, X, seed=seed)
     output[:, made.forecast.outputs :] /= GAIN
     return made, output
 
 
+def chances_of(exceed):
+    e = exceed.unbind(2)
+    return torch.stack([1 - e[0], e[0] - e[1], e[1] - e[2], e[2]], dim=2)
+
+
 @pytest.mark.parametrize("distribution", ["categorical", "gaussian", "low_rank"])
-def test_a_head_adds_to_the_logarithms_of_the_forecasts_chances(distribution):
+def test_a_head_adds_to_what_an_announcement_is_expected_to_cost(distribution):
     made, output = decided(distribution=distribution)
     frames = made(output, last())
     inner = made.forecast(output[:, : made.forecast.outputs], last())
-    exceed = inner.exceedance(EDGES)
-    chances = torch.stack(
-        [1 - exceed[:, :, 0], exceed[:, :, 0] - exceed[:, :, 1], exceed[:, :, 1] - exceed[:, :, 2], exceed[:, :, 2]],
-        dim=2,
+    chances, head = chances_of(inner.exceedance(EDGES)), output[:, made.forecast.outputs :].view(N, V, 4, Y, X)
+    expected = torch.stack([sum(COSTS[c][a] * chances[:, :, c] for c in range(4)) for a in range(4)], dim=2)
+    torch.testing.assert_close(
+        frames.logps, (GAIN * head - expected / TEMPERATURE).log_softmax(2), atol=1e-5, rtol=1e-5
     )
-    logits = chances.clamp(min=1e-4).log() + GAIN * output[:, made.forecast.outputs :].view(N, V, 4, Y, X)
-    torch.testing.assert_close(frames.logps, logits.log_softmax(2))
-    assert torch.equal(frames.announced(), logits.argmax(2))
+    assert torch.equal(frames.announced(), frames.logps.argmax(2))
     for name in ("state", "mean", "mode"):
         torch.testing.assert_close(getattr(frames, name)(), getattr(inner, name)())
-    torch.testing.assert_close(frames.exceedance(EDGES), exceed)
+    torch.testing.assert_close(frames.exceedance(EDGES), inner.exceedance(EDGES))
     torch.testing.assert_close(frames.quantiles([0.1, 0.7]), inner.quantiles([0.1, 0.7]))
+
+
+@pytest.mark.parametrize("costs", [None, COSTS])
+def test_a_head_of_zeros_announces_the_bayes_decision(costs):
+    made, output = decided(distribution="categorical", costs=costs)
+    output[:, made.forecast.outputs :] = 0
+    frames = made(output, last())
+    chances = chances_of(frames.exceedance(EDGES)).movedim(2, -1).numpy()
+    told = 1 - np.eye(4) if costs is None else np.array(costs)
+    best = (chances @ told).argmin(-1)
+    np.testing.assert_array_equal(frames.announced(), best)
+    assert (best != chances.argmax(-1)).any() == (costs is not None), "costs are what moves it from the likeliest class"
 
 
 def test_an_action_of_a_head_is_a_class_and_its_value_is_in_it():

@@ -155,7 +155,7 @@ def test_a_rollout_does_not_depend_on_batches_or_on_other_prompts(kind, feedback
     whole = acting.rollout(GIVEN, 4, SEEDS)
     for size in (1, 2, 5):
         split = acting.rollout(GIVEN, 4, SEEDS, batch_size=size)
-        torch.testing.assert_close(split.logps, whole.logps, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(split.logps, whole.logps, atol=1e-4, rtol=1e-4)
         np.testing.assert_allclose(split.outputs, whole.outputs, rtol=1e-4, atol=1e-3)
         assert split.state.keys() == whole.state.keys()
         for name, part in whole.state.items():

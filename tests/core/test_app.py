@@ -204,6 +204,9 @@ def test_class_edges_that_are_none_are_refused(edges, sentence):
         Quantity(("pm2p5", "pm10"), edges)
     with pytest.raises(ValueError, match="scale=0"):
         Quantity(("pm2p5",), ((15.0,),), scale=0)
+    for costs in (((0.0, 1.0),), ((0.0, 1.0), (1.0,)), ((0.0,),)):
+        with pytest.raises(ValueError, match=r"are no square of 2 classes; give C\[observed, announced\]"):
+            Quantity(("pm2p5",), ((15.0,),), costs=costs)
 
 
 def test_gold_may_be_an_array():

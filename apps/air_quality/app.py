@@ -1,7 +1,7 @@
 """Air quality: five days of PM2.5 and PM10, six hours a step, and the classes that are announced from them.
 
     make train APP=air_quality                                fine-tuned for what alerts cost, beside every free rival
-    make train APP=air_quality TASK=paper                     from a start that warns too often, with the reward of arXiv 2511.22169
+    make train APP=air_quality TASK=paper                     from a start that warns too often, with the reward of 2511.22169
     make train APP=air_quality SET=rewards.preset=regional    alerts of whole regions; duration: how long an episode lasts
 
 One decision is the class of one cell at one lead. The reward is what the decision saves: 1 - C[observed, announced], a matrix

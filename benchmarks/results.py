@@ -102,6 +102,7 @@ def tell(app, results: dict) -> None:
     """The tables of the app's README, between the two marks of the app or its variant."""
     metric, lower = results["runs"][0]["metric"], results["runs"][0]["better"] == "lower"
     told = f"{metric}, less is better" if lower else metric
+    digits = 3 if results["runs"][0]["before"] >= 0.1 else 4
     lines = [f"### Figures (`{results['command']}`, {results['runs'][0]['n']} held-out rows, {told})", ""]
     lines += ["| arm | seed | before | after | change, 95 % interval | sampled before, after | update size |"]
     lines += ["|---" * 7 + "|"]
@@ -111,11 +112,12 @@ def tell(app, results: dict) -> None:
             sampled = table.get(
                 f"{metric}, sampled", {"before": s.get("sampled_before"), "after": s.get("sampled_after")}
             )
-            pair = "" if sampled["before"] is None else f"{sampled['before']:.3f}, {sampled['after']:.3f}"
-            interval = f" [{s['ci95'][0]:+.3f}, {s['ci95'][1]:+.3f}]" if "ci95" in s else ""
+            pair = "" if sampled["before"] is None else f"{sampled['before']:.{digits}f}, {sampled['after']:.{digits}f}"
+            interval = f" [{s['ci95'][0]:+.{digits}f}, {s['ci95'][1]:+.{digits}f}]" if "ci95" in s else ""
             size = f"{s['update_size']:.3f}" if s.get("update_size") is not None else ""
-            change = f"{s['after'] - s['before']:+.3f}{interval}"
-            lines.append(f"| {arm} | {s['seed']} | {s['before']:.3f} | {s['after']:.3f} | {change} | {pair} | {size} |")
+            change = f"{s['after'] - s['before']:+.{digits}f}{interval}"
+            ends = f"{s['before']:.{digits}f} | {s['after']:.{digits}f}"
+            lines.append(f"| {arm} | {s['seed']} | {ends} | {change} | {pair} | {size} |")
     names = list(dict.fromkeys(row["name"].split(" (")[0] for run in results["runs"] for row in run["table"]))
     lines += ["", "Every line of the runs' own tables, before and after, for each seed:", ""]
     seeds = [f"seed {run['seed']}" for run in results["runs"]]
@@ -127,7 +129,7 @@ def tell(app, results: dict) -> None:
             cells.append(f"{row['before']:.3f} → {row['after']:.3f}" if row else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for name in results["runs"][0]["baselines"]:
-        values = [f"{run['baselines'][name]:.3f}" for run in results["runs"]]
+        values = [f"{run['baselines'][name]:.{digits}f}" for run in results["runs"]]
         lines.append(f"| free: {name} | {' | '.join(values)} |")
     rivals = [run.get("best_baseline") for run in results["runs"]]
     if all(rivals):

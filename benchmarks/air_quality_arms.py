@@ -340,8 +340,8 @@ def draw(study: Mapping) -> None:
     axes.set_yticks(range(len(arms)), [arm["arm"] for arm in arms])
     axes.invert_yaxis()
     axes.set_xlabel(
-        "cost less that of the best free decision, test year (95 % interval over seeds; one dot a seed; less is better)\n"
-        "blue: expected cost by cell; brown: cost of regional alerts"
+        "cost less that of the best free decision, test year; less is better\n"
+        "95 % interval over seeds, one dot a seed\nblue: expected cost by cell; brown: of regional alerts"
     )
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)

@@ -69,6 +69,7 @@ ARMS = {
     },
     "regional_cost": {
         "regions, by cell": {"rewards.preset": "regional"},
+        "regions, by cell, a head of its own": {"rewards.preset": "regional", "rollout.decide": "head"},
         "regions, by field": {"rewards.preset": "regional", "objective": FIELD},
         "regions, shuffled advantages": {"rewards.preset": "regional", "run.control": "shuffled_advantages"},
     },

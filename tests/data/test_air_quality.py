@@ -971,13 +971,15 @@ def test_windows_of_a_3_gb_archive_are_read_below_1_gb_of_memory(large):
     assert peak_mb < 750, f"peak resident memory {peak_mb:.0f} MB"  # of 1000: a net and its library need the rest
 
 
-def sums(window: Window) -> tuple[float, float]:
-    return float(np.nansum(window.observed(), dtype=float)), float(window.analysis().sum(dtype=float))
-
-
 @pytest.mark.slow
 def test_two_workers_of_a_cluster_read_what_one_process_reads(large):
     distributed = pytest.importorskip("distributed")
+
+    def sums(
+        window: Window,
+    ) -> tuple[float, float]:  # in here, so that it travels by value: workers cannot import tests
+        return float(np.nansum(window.observed(), dtype=float)), float(window.analysis().sum(dtype=float))
+
     windows = [row["window"] for row in load(large)["test"][:400:50]]
     with (
         distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,

@@ -3,9 +3,10 @@
     python -P benchmarks/air_quality_arms.py [--seeds 0 1 2 3 4]
 
 For each seed, a world of its own: the supervised starts of the offline config; what thresholds and Bayes decisions make of
-their forecasts, tuned on the validation year; and arms of GRPO from the same starts, which differ in credit (cell, field),
-scale (pooled, batch, group), distribution, and reward. Each is judged on the test year by the cost that it was trained for,
-against the best free decision *for that cost*, paired by week; and by its point above the ROC of the start's probabilities.
+their forecasts, tuned on the validation year; and arms of GRPO, which differ in credit (cell, field), scale (pooled, batch,
+group), distribution, what announces the class (the forecast, or a head of its own), and reward. Each is judged on the test year
+by the cost that it was trained for, against the best free decision *for that cost*, paired by week; and by its point above the
+ROC of the start's probabilities. Its start is the categorical's; the Gaussian arm has a regression's.
 
 Besides cells, a cost in which a pointwise threshold need not be optimal: alerts of whole regions. Its free rivals are thresholds
 tuned for that very cost, and the mean probability over a region's cells.

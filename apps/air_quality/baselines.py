@@ -102,9 +102,8 @@ def analysis_model(train: Rows, test: Rows) -> Forecasts | None:
 # Squared error in s = log(1 + x / scale): every observation alike, or rare classes more (arXiv 2511.22169).
 PLAIN = {"rollout__distribution": "gaussian", "rollout__decide": "mean", "task__weighting": "none"}
 WEIGHTED = PLAIN | {"task__weighting": "class"}
-PROBABLE = {
-    "task__weighting": "none"
-}  # probabilities that are not bent towards rare classes; mostly the start of RL itself
+# Probabilities that are not bent towards rare classes; mostly the start of RL itself.
+PROBABLE = {"task__weighting": "none"}
 
 
 @dataclass(frozen=True)

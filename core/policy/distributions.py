@@ -396,9 +396,7 @@ def cosines(rank: int, rows: int, columns: int) -> Tensor:
     return fields / fields.square().mean((1, 2), keepdim=True).sqrt()
 
 
-TEMPERATURE = (
-    0.03  # of the first announcements: of two, the one that is expected to cost this much more is e times rarer
-)
+TEMPERATURE = 0.03  # of two announcements, the one that is expected to cost this much more is e times rarer at first
 GAIN = 25.0  # of a head's outputs: as logits they would move less in a hundred updates than costs ask for
 
 

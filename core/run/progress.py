@@ -113,9 +113,8 @@ class Progress:
         """Print a table below all that was shown; the first column is aligned left, the others right."""
         self.close()
         table, rows = Table(title=_plain(title), title_justify="left"), list(rows)
-        names = min(
-            MOST_OF_NAMES, max((len(str(row[0])) for row in rows), default=0)
-        )  # where space is short, numbers fold
+        # Where space is short, numbers fold.
+        names = min(MOST_OF_NAMES, max((len(str(row[0])) for row in rows), default=0))
         for i, column in enumerate(columns):
             width = {} if i else {"min_width": names}
             table.add_column(_plain(column), justify="right" if i else "left", overflow="fold", **width)

@@ -134,6 +134,8 @@ def test_the_air_quality_readme_answers_as_the_study_does():
     assert all(arm["ci95"][0] > 0 for name, arm in arms.items() if name not in ties)  # "every other arm loses"
     start = sum(study["start"]["expected_cost"]) / 5
     assert arms["cell, group scale"]["mean"] > start
+    gain = start - arms["supervised for as long, over the same leads"]["mean"]
+    assert f"supervised steps gain {gain:.4f}".replace("0.", ".") in readme
     assert arms["cell, pooled scale, shuffled advantages"]["mean"] > start
     above = {name for name, arm in arms.items() if arm["pod_above_roc_ci95"][0] > 0}
     assert above == {"Gaussian, cell, pooled scale"}

@@ -81,7 +81,7 @@ def fatal(completion):
     elif completion == "close":
         os.closerange(0, 256)
     elif completion == "memory":
-        return float(len([b"x" * 10**7 for _ in range(10**4)]))
+        return float(len(b"x" * 10**11))  # at once: half a GB filled bit by bit outlasts the clock of a slow machine
     elif completion == "100 MB" or completion.startswith("{"):
         line = b"x" * 10**8 if completion == "100 MB" else completion.encode() + b"\n"
         for descriptor in range(3, 32):
